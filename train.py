@@ -318,7 +318,7 @@ def main(cfg: Config, world: World) -> int:
     threads, ahead = ThreadPoolExecutor(), ThreadPoolExecutor(1)  # `ahead` reads the next step while this one computes
     arguments = (order, sets, raw_model, cfg, world, threads)
     filler = pack([Comparison("?", ["a", "b"], [(0, 1)])], raw_model.tokenizer)
-    bar = tqdm(total=steps, initial=state["step"], disable=not first, dynamic_ncols=True, desc="train")
+    bar = tqdm(total=steps, initial=state["step"], disable=not first, dynamic_ncols=True, mininterval=0.5, desc="train")
     pending, reason, code = ahead.submit(load_step, state["step"], *arguments), "", 0
     try:
         while state["step"] < steps:
@@ -370,7 +370,7 @@ def main(cfg: Config, world: World) -> int:
                 metrics.write(json.dumps(row) + "\n")
                 metrics.flush()
                 bar.set_postfix_str(f"loss {row['loss']:.3f} (log 2 {LOG2:.3f}) acc {row['accuracy']:.2f} margin {row['margin']:.2f} norm {norm:.1f} lr "
-                                    f"{row['lr']:.1e} {n / seconds:.0f} pairs/s {row['tokens'] / seconds:.0f} tok/s {memory(world):.1f} GB")
+                                    f"{row['lr']:.1e} {n / seconds:.0f} pairs/s {row['tokens'] / seconds:.0f} tok/s {memory(world):.1f} GB", refresh=False)
                 bar.update()
             if state["bad_in_a_row"] == 10:
                 reason, code = ("ten steps in a row had a gradient that is not finite; look at metrics.jsonl for where the loss rose, then lower "

@@ -49,7 +49,6 @@ import os
 import random
 import re
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
@@ -69,7 +68,7 @@ from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForImageTex
                           LogitsProcessorList)
 from transformers.hf_argparser import HfArg
 
-from data import BadRow, Order, World, read_comparisons, setup, synthetic
+from data import BadRow, Order, StopSignal, World, claim_folder, read_comparisons, setup, synthetic, write_state, write_text
 from evaluate import draw_curves
 from model import (END, IMAGE_PAD, VIDEO_PAD, Comparison, Encoded, Pack, RewardModel, encode, fill_packs, hidden_states, load_processors,
                    mrope_positions, open_frames, open_image, pack, quiet, replace_responses, split_by_kind, is_video, tiny_backbone)
@@ -81,8 +80,7 @@ DEFAULT_REWARD_MODEL = "runs/default"  # where train.py leaves it
 @dataclass(frozen=True)
 class Config:
     policy: str = HfArg(default="tiny", help="'tiny' (made on the spot), a folder, or a hub id such as Qwen/Qwen2.5-VL-3B-Instruct (paper)")
-    reward_model: list[str] = HfArg(default_factory=lambda: [DEFAULT_REWARD_MODEL], help="folders from train.py; several are an ensemble")
-    weights: list[float] = HfArg(default_factory=list, help="of the ensemble's members; none: their plain mean (section 4.7: best)")
+    reward_model: list[str] = HfArg(default_factory=lambda: [DEFAULT_REWARD_MODEL], help="folders from train.py; several are an ensemble, which pays their mean")
     reward: list[str] = HfArg(default_factory=lambda: list(REWARDS), help="rule, model, hybrid, pairwise: one or several, run in turn")
     data: str = HfArg(default="", help="folder of prompts with answers (format: data.py); none: drawn pictures")
     out: str = HfArg(default="runs/rl", help="run folder")
@@ -124,8 +122,6 @@ class Config:
         for name in ("batch_size", "lr", "epochs", "passes", "clip", "max_new_tokens", "pack_tokens", "rollout_rows", "eval_size"):
             if getattr(cfg, name) <= 0:
                 raise ValueError(f"--{name} {getattr(cfg, name)} must be above zero")
-        if cfg.weights and len(cfg.weights) != len(cfg.reward_model):
-            raise ValueError(f"{len(cfg.weights)} --weights for {len(cfg.reward_model)} reward models; one for each, or none")
         if not cfg.data and cfg.policy != "tiny":
             raise ValueError(f"--policy {cfg.policy} needs --data FOLDER, prompts of your own; the drawn ones are for the tiny policy")
         return cfg
@@ -333,11 +329,10 @@ def roll_out(policy: Policy, reward_models: list[RewardModel], named: list[tuple
             groups.append(Group(comparison, prompt, rollouts, texts, truncated, matches, torch.zeros(len(rollouts))))
     if reward_models:
         ended = [replace_responses(g.prompt, [ids if ids[-1] == policy.end else [*ids, policy.end] for ids in g.rollouts]) for g in groups]
-        weights = cfg.weights or [1 / len(reward_models)] * len(reward_models)
         for members in fill_packs([e.tokens for e in ended], cfg.pack_tokens):
             with torch.no_grad():
                 batch = pack([ended[m] for m in members]).to(policy.device)
-                rewards = sum(weight * model(batch) for weight, model in zip(weights, reward_models)).cpu()
+                rewards = torch.stack([model(batch) for model in reward_models]).mean(dim=0).cpu()  # section 4.7: the plain mean is best
             for m, part in zip(members, rewards.split(cfg.group_size)):
                 groups[m].model_rewards = part
     return groups
@@ -576,20 +571,9 @@ def make_optimizer(parameters: list, cfg: Config, world: World):
 
 
 def save_checkpoint(file: Path, policy: Policy, optimizer, world: World, state: dict) -> None:
-    """Under a temporary name, then moved into place: a kill at any moment leaves the previous one or this one."""
     if world.world_size > 1:
         optimizer.consolidate_state_dict(to=0)
-    failure, partial = "", file.with_name(file.name + ".partial")
-    if world.rank == 0:
-        try:
-            with open(partial, "wb") as stream:
-                torch.save(state | {"policy": policy.state_dict(), "optimizer": optimizer.state_dict()}, stream)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(partial, file)
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-            partial.unlink(missing_ok=True)
-            failure = f"cannot write {file} ({' '.join(str(error).split())[:120]}); is the disk full? The one before is intact"
+    failure = write_state(file, state | {"policy": policy.state_dict(), "optimizer": optimizer.state_dict()}) if world.rank == 0 else ""
     if failure := next(filter(None, world.gather_objects(failure)), ""):
         raise OSError(failure)
 
@@ -605,40 +589,6 @@ def load_checkpoint(file: Path, policy: Policy, optimizer, cfg: Config) -> dict:
     return {key: value for key, value in state.items() if key not in ("policy", "optimizer")}
 
 
-def claim_folder(cfg: Config) -> str:
-    """Makes --out ready, or says in one line why it will not: no run is overwritten by accident."""
-    out = Path(cfg.out)
-    if cfg.overwrite and cfg.resume:
-        return "--overwrite and --resume contradict each other"
-    if out.exists() and not out.is_dir():
-        return f"--out {out} is a file; want a folder"
-    if cfg.overwrite and (out / "start.json").exists():  # only what a run of this script has left
-        shutil.rmtree(out)
-    if not cfg.resume and out.is_dir() and any(out.iterdir()):
-        return f"{out} is not empty; add --resume to go on with an unfinished run, --overwrite to replace a run, or choose another --out"
-    out.mkdir(parents=True, exist_ok=True)
-    return ""
-
-
-def write_text(file: Path, text: str) -> None:
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, file)
-
-
-class StopSignal:
-    """Remembers SIGTERM or Ctrl-C until the step is done; a second one ends at once."""
-
-    def __init__(self):
-        self.number = 0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.note)
-
-    def note(self, number, _frame):
-        self.number = number
-        signal.signal(number, signal.SIG_DFL)
-
-
 # ---------------------------------------------------------------------------------------------------------------------------------
 # Evaluation and report
 
@@ -650,8 +600,7 @@ def examine(policy: Policy, reference: Policy, reward_models, named: list[tuple]
     The rollouts are drawn at temperature 1, as in training: what the policy does on average, not what it would do at its best.
     The same dice are thrown at every examination, so two policies differ by what they learnt and not by luck.
     """
-    records = []
-    groups = roll_out(policy, reward_models, named, prompts, cfg, "held out")
+    records, groups = [], roll_out(policy, reward_models, named, prompts, cfg, "held out")
     rows = [replace_responses(g.prompt, g.rollouts) for g in groups]
     for members in fill_packs([row.tokens for row in rows], cfg.pack_tokens):
         p = pack([rows[m] for m in members]).to(policy.device)
@@ -671,11 +620,9 @@ def rewards_of(record: dict, kind: str) -> torch.Tensor:
 
 def figures(records: list[dict], kind: str | None = None) -> dict:
     """The table's numbers: accuracy by category and in all with its standard error over prompts, reward, r(x, y), KL and length per rollout."""
-    share = [statistics.fmean(r["matches"]) for r in records]
-    by_category = {}
+    share, by_category, rollouts = [statistics.fmean(r["matches"]) for r in records], {}, sum(len(r["texts"]) for r in records)
     for r, value in zip(records, share):
         by_category.setdefault(r["category"], []).append(value)
-    rollouts = sum(len(r["texts"]) for r in records)
     return {"accuracy": statistics.fmean(share), "standard_error": statistics.pstdev(share) / math.sqrt(len(share)),
             "accuracy_by_category": {name: statistics.fmean(values) for name, values in sorted(by_category.items())},
             "reward": statistics.fmean(rewards_of(r, kind).mean().item() for r in records) if kind else None,
@@ -684,52 +631,47 @@ def figures(records: list[dict], kind: str | None = None) -> dict:
             "length": sum(r["tokens"] for r in records) / rollouts, "truncated": sum(map(sum, (r["truncated"] for r in records))) / rollouts}
 
 
-def table(rows: dict[str, dict], spread: dict[str, dict] | None = None) -> str:
+def table(rows: dict[str, dict], spread: dict[str, float]) -> str:
     """Markdown in the manner of Table 11: the start and each reward in a line, true accuracy in percent."""
-    categories = list(next(iter(rows.values()))["accuracy_by_category"])
+    categories = list(rows["start"]["accuracy_by_category"])
     lines = ["| policy | accuracy | " + " | ".join(categories) + " | reward | r(x, y) | KL | length | cut off |", "|---" * (len(categories) + 7) + "|"]
     for name, f in rows.items():
-        more = f" +- {100 * (spread[name]['accuracy'] if spread else f['standard_error']):.1f}"
         paid = "" if f["reward"] is None else f"{f['reward_at_start']:.2f} -> {f['reward']:.2f}"
-        lines.append(f"| {name} | {100 * f['accuracy']:.1f}{more} | " + " | ".join(f"{100 * f['accuracy_by_category'][c]:.1f}" for c in categories)
-                     + f" | {paid} | {f['model_reward']:.2f} | {f['kl']:.3f} | {f['length']:.1f} | {100 * f['truncated']:.1f}% |")
+        cells = [name, f"{100 * f['accuracy']:.1f} +- {100 * spread[name]:.1f}", *(f"{100 * f['accuracy_by_category'][c]:.1f}" for c in categories),
+                 paid, f"{f['model_reward']:.2f}", f"{f['kl']:.3f}", f"{f['length']:.1f}", f"{100 * f['truncated']:.1f}%"]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def combine(folders: list[str]) -> str:
     """Means over finished runs as one table, the standard deviation of the accuracy over runs behind +-, and the gain over each run's own start."""
-    runs = []
-    for folder in folders:
-        file = Path(folder) / "summary.json"
-        if not file.is_file():
-            raise ValueError(f"{folder} holds no summary.json; want the --out of finished runs")
-        runs.append(json.loads(file.read_text())["policies"])
-    names = [name for name in runs[0] if all(name in run for run in runs)]
+    if missing := [folder for folder in folders if not (Path(folder) / "summary.json").is_file()]:
+        raise ValueError(f"{missing[0]} holds no summary.json; want the --out of finished runs")
+    runs = [json.loads((Path(folder) / "summary.json").read_text())["policies"] for folder in folders]
 
-    def merge(values, how):
+    def mean(values):
         if isinstance(values[0], dict):
-            return {key: merge([v[key] for v in values], how) for key in values[0]}
-        return None if values[0] is None else how(values)
+            return {key: mean([v[key] for v in values]) for key in values[0]}
+        return None if values[0] is None else statistics.fmean(values)
 
-    rows, spread = ({name: merge([run[name] for run in runs], how) for name in names} for how in (statistics.fmean, statistics.stdev if len(runs) > 1 else lambda v: 0.0))
-    lines = [table(rows, spread), ""]
+    names = [name for name in runs[0] if all(name in run for run in runs)]
+    spread = {name: statistics.stdev([run[name]["accuracy"] for run in runs]) if len(runs) > 1 else 0.0 for name in names}
+    lines = [table({name: mean([run[name] for run in runs]) for name in names}, spread), ""]
     for name in names[1:]:
         gains = [100 * (run[name]["accuracy"] - run["start"]["accuracy"]) for run in runs]
-        lines.append(f"{name}: gain over the start {statistics.fmean(gains):.1f} points on average, at least {min(gains):.1f} "
-                     f"({', '.join(f'{g:.1f}' for g in gains)})")
+        lines.append(f"{name}: {statistics.fmean(gains):+.1f} points over the start on average ({', '.join(f'{g:+.1f}' for g in gains)})")
     return "\n".join(lines)
 
 
 def picture_of(comparison: Comparison) -> str:
-    """The first image of a prompt as a data URI, at most 224 pixels wide and high; of a video the first frame."""
+    """The first image of a prompt, or the first frame of a video, at most 224 pixels wide and high, as an <img> that holds its data."""
     if not comparison.images:
         return ""
-    source = comparison.images[0]
+    source, buffer = comparison.images[0], io.BytesIO()
     image = (open_frames(source)[0] if is_video(source) else open_image(source)).copy()
     image.thumbnail((224, 224))
-    buffer = io.BytesIO()
     image.save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return f'<img src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
 
 
 def write_report(out: Path, cfg: Config) -> str:
@@ -739,53 +681,42 @@ def write_report(out: Path, cfg: Config) -> str:
     rows = {"start": figures(start["records"])}
     for kind, result in results.items():
         rows[kind] = figures(result["records"], kind) | {"reward_at_start": figures(start["records"], kind)["reward"]}
-    markdown = table(rows)
-    write_text(out / "table.md", markdown + "\n")
+    markdown = table(rows, {name: f["standard_error"] for name, f in rows.items()})
     summary = {"policies": rows, "n": len(start["records"]), "rollouts_per_prompt": cfg.group_size, "config": asdict(cfg),
                "seconds": {"start": start["seconds"]} | {kind: result["seconds"] for kind, result in results.items()}}
-    write_text(out / "summary.json", json.dumps(summary, indent=1) + "\n")
 
-    panels = [("reward that is paid", "reward", {}), ("r(x, y), the reward model's", "model_reward", {}), ("true accuracy of the rollouts", "accuracy",
-              {"start": rows["start"]["accuracy"]}), ("KL to the start, per token", "kl", {})]
-    logs = {kind: [json.loads(line) for line in open(out / kind / "metrics.jsonl")] for kind in results}
-    curves = []
-    for heading, key, lines in panels:
-        series = {}
-        for kind, log in logs.items():  # means over 1/25 of the run
-            width = max(len(log) // 25, 1)
-            parts = [[row for row in log[i:i + width] if row[key] is not None] for i in range(0, len(log), width)]
-            series[kind] = [(part[-1]["step"], statistics.fmean(row[key] for row in part)) for part in parts if part]
-        curves.append((heading, series, lines))
-    draw_curves(out / "curves.svg", f"GRPO, seed {cfg.seed}", curves)
+    def smooth(kind, key):  # means over 1/25 of the run
+        log = [json.loads(line) for line in open(out / kind / "metrics.jsonl")]
+        parts = [[row for row in log[i:i + max(len(log) // 25, 1)] if row[key] is not None] for i in range(0, len(log), max(len(log) // 25, 1))]
+        return [(part[-1]["step"], statistics.fmean(row[key] for row in part)) for part in parts if part]
 
-    after = {kind: {r["row"]: r for r in result["records"]} for kind, result in results.items()}
-    text, page = [], []
-    for shown in start["shown"]:
-        before = next(r for r in start["records"] if r["row"] == shown["row"])
-        prompt = before["prompt"] if isinstance(before["prompt"], str) else json.dumps(before["prompt"])
-        text.append(f"\n=== {prompt}   (answer: {before['answer']})")
-        picture = f'<img src="{shown["picture"]}">' if shown["picture"] else ""
-        page.append(f'<section>{picture}<h3>{html.escape(prompt)}</h3><p>answer: <b>{html.escape(before["answer"])}</b></p><div class="row">')
+    panels = (("reward that is paid", "reward"), ("r(x, y), the reward model's", "model_reward"), ("true accuracy of the rollouts", "accuracy"),
+              ("KL to the start, per token", "kl"))
+    draw_curves(out / "curves.svg", f"GRPO, seed {cfg.seed}", [(heading, {kind: smooth(kind, key) for kind in results},
+                                                               {"start": rows["start"]["accuracy"]} if key == "accuracy" else {}) for heading, key in panels])
+    after, text, page = {kind: {r["row"]: r for r in result["records"]} for kind, result in results.items()}, [], []
+    for row, picture in start["shown"]:
+        before = next(r for r in start["records"] if r["row"] == row)
+        lines = [f"=== {before['prompt'] if isinstance(before['prompt'], str) else json.dumps(before['prompt'])}   (answer: {before['answer']})"]
         for kind in results:
-            for name, record in ((f"{kind}, before", before), (f"{kind}, after", after[kind][shown["row"]])):
-                paid = rewards_of(record, kind)
-                lines = [f"{'+' if ok else ' '} {said + ('' if not cut else ' [cut off]'):<24} r {r:6.2f}  R {R:6.2f}  A {a:6.2f}" for said, ok, cut, r, R, a in
-                         zip(record["texts"], record["matches"], record["truncated"], record["model_rewards"], paid.tolist(),
-                             group_advantages(paid, cfg.no_std).tolist())]
-                text.append("\n".join([f"--- {name}", *lines]))
-                page.append(f"<div><h4>{name}</h4><pre>{html.escape(chr(10).join(lines))}</pre></div>")
-        page.append("</div></section>")
+            for name, record in ((f"{kind}, before", before), (f"{kind}, after", after[kind][row])):
+                paid, lines = rewards_of(record, kind), [*lines, f"--- {name}"]
+                for said, ok, cut, r, R, a in zip(record["texts"], record["matches"], record["truncated"], record["model_rewards"], paid.tolist(),
+                                                  group_advantages(paid, cfg.no_std).tolist()):
+                    lines.append(f"{'+' if ok else ' '} {said + ' [cut off]' * cut:<24} r {r:6.2f}   R {R:6.2f}   A {a:6.2f}")
+        text.append("\n".join(lines))
+        page.append(f"{picture}<pre>{html.escape(text[-1])}</pre>")
     legend = "+ marks a match with the answer; r is the reward model's reward, R the reward that is paid, A the advantage"
-    write_text(out / "rollouts.txt", legend + "\n" + "\n".join(text) + "\n")
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in markdown.splitlines() if not line.startswith("|---")]
-    grid = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>" for line in cells)
+    grid = "".join(f"<tr><td>{html.escape(line.strip('| ')).replace('|', '<td>')}" for line in markdown.splitlines() if not line.startswith("|---"))
     write_text(out / "index.html", f"""<!doctype html><meta charset="utf-8"><title>GRPO with the reward model</title>
-<style>body{{font:15px sans-serif;max-width:1900px;margin:2em}} td{{padding:2px 10px;border-bottom:1px solid #ddd}} .row{{display:flex;flex-wrap:wrap;gap:1em}}
-pre{{font-size:12px;background:#f6f6f6;padding:.6em}} h4{{margin:.4em 0}} section{{border-top:2px solid #ccc}} img{{float:right}}</style>
-<h1>GRPO with the reward model</h1><p>True accuracy in percent on {len(start["records"])} held-out prompts, {cfg.group_size} rollouts each at temperature 1, +- one standard
-error over prompts; reward: what is paid, at the start and at the end; r(x, y): the reward model's; KL to the start per token; length in tokens.</p>
+<style>body{{font:15px sans-serif; margin:2em}} td{{padding:2px 10px; border-bottom:1px solid #ddd}} pre{{font-size:12px; background:#f6f6f6; columns:2}}</style>
+<h1>GRPO with the reward model</h1><p>True accuracy in percent on {len(start["records"])} held-out prompts, {cfg.group_size} rollouts each at temperature 1, +- one
+standard error over prompts; reward: what is paid, at the start and at the end; r(x, y): the reward model's; KL to the start, per token; length in tokens.</p>
 <table>{grid}</table><p>A reward that rises while the true accuracy does not is being hacked.</p>{(out / "curves.svg").read_text()}
-<h2>Five prompts, before and after</h2><p>{legend}.</p>{"".join(page)}<h2>Settings</h2><pre>{html.escape(json.dumps(asdict(cfg), indent=1))}</pre>""")
+<h2>Some prompts, before and after</h2><p>{legend}.</p>{"".join(page)}<h2>Settings</h2><pre>{html.escape(json.dumps(asdict(cfg), indent=1))}</pre>""")
+    write_text(out / "rollouts.txt", "\n\n".join([legend, *text]) + "\n")
+    write_text(out / "table.md", markdown + "\n")
+    write_text(out / "summary.json", json.dumps(summary, indent=1) + "\n")
     return markdown
 
 
@@ -884,7 +815,7 @@ def main(cfg: Config, world: World) -> int:
     say = (lambda *text: tqdm.write(" ".join(map(str, text)))) if first else (lambda *text: None)
     stop, threads = StopSignal(), ThreadPoolExecutor()
     rows, train, held = open_prompts(cfg)
-    if problem := next(filter(None, world.gather_objects(claim_folder(cfg) if first else "")), ""):
+    if problem := next(filter(None, world.gather_objects(claim_folder(out, cfg.overwrite, cfg.resume, "start.json") if first else "")), ""):
         raise ValueError(problem)
     say(json.dumps(asdict(cfg)))
 
@@ -908,7 +839,7 @@ def main(cfg: Config, world: World) -> int:
         records = examine(reference, reference, reward_models, *exam, cfg, world)
         if first:
             kinds = {r["category"]: r["row"] for r in reversed(records) if "<image>" in r["prompt"]} | {r["row"]: r["row"] for r in records}
-            shown = [{"row": i, "picture": picture_of(rows[i])} for i in list(dict.fromkeys(kinds.values()))[:5]]
+            shown = [(i, picture_of(rows[i])) for i in list(dict.fromkeys(kinds.values()))[:5]]
             write_text(out / "start.json", json.dumps({"records": records, "shown": shown, "seconds": round(time.time() - began, 1)}) + "\n")
         say(f"start: true accuracy {figures(records)['accuracy']:.3f} on {len(records)} held-out prompts, {cfg.group_size} rollouts each")
     world.barrier()

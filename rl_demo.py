@@ -41,6 +41,7 @@ mini-batches a pass, temperatures other than 1, tools and turns.
 """
 import base64
 import contextlib
+import copy
 import html
 import io
 import json
@@ -71,7 +72,7 @@ from transformers.hf_argparser import HfArg
 from data import BadRow, Order, StopSignal, World, claim_folder, read_comparisons, setup, synthetic, write_state, write_text
 from evaluate import draw_curves
 from model import (END, IMAGE_PAD, VIDEO_PAD, Comparison, Encoded, Pack, RewardModel, encode, fill_packs, hidden_states, load_processors,
-                   mrope_positions, open_frames, open_image, pack, quiet, replace_responses, split_by_kind, is_video, tiny_backbone)
+                   mrope_positions, open_frames, open_image, pack, quiet, replace_responses, split_by_kind, is_video)
 
 REWARDS = ("rule", "model", "hybrid", "pairwise")
 DEFAULT_REWARD_MODEL = "runs/default"  # where train.py leaves it
@@ -207,23 +208,20 @@ def save_policy(policy: Policy, folder: Path) -> None:
     os.rename(partial, folder)
 
 
-def make_policy(cfg: Config, folder: Path, reward_models: list[RewardModel]) -> None:
-    """The start of the laptop run: a tiny policy fine-tuned on answers of mixed quality.
+def make_policy(cfg: Config, folder: Path, reward_model: RewardModel) -> None:
+    """The start of the laptop run: the backbone of the tiny reward model with a fresh vocabulary head, fine-tuned on answers of mixed quality.
 
-    For every prompt it is shown the right answer twice and a wrong one twice, so it comes to know what is asked and what is in the picture, and says the
-    right thing about half the time: what RL is to make of it is a policy that always says it. It shares the reward model's tokenizer,
-    and no picture with its training or with the RL prompts.
+    The backbone stands in for a pretrained one. For every prompt the policy is shown the right answer twice and a wrong one twice, so it comes to know
+    what is asked and what is in the picture, and says the right thing about half the time: RL is to make of it one that always does.
     """
+    if sum(p.numel() for p in reward_model.parameters()) > 20e6:
+        raise ValueError(f"the reward model {cfg.reward_model[0]} is not a tiny one; name a policy of its family with --policy")
     torch.manual_seed(cfg.seed)
-    partial, n = folder.with_name(".tiny.partial"), 16
-    rows = synthetic(cfg.sft_steps * n, seed=2_000_000 + cfg.seed)
-    tiny_backbone(partial, [f"{c.prompt} {' '.join(c.responses)}" for c in rows[:2000]], cfg.seed, vocabulary_head=True)
-    if reward_models:
-        config, tokenizer = AutoConfig.from_pretrained(partial), reward_models[0].tokenizer
-        if tokenizer.convert_tokens_to_ids(IMAGE_PAD) != config.image_token_id or len(tokenizer) > config.text_config.vocab_size:
-            raise ValueError(f"the reward model {cfg.reward_model[0]} is not a tiny one; name a policy of its family with --policy")
-        tokenizer.save_pretrained(partial)
-    policy, rng = load_policy(partial).train(), random.Random(cfg.seed)
+    kind = AutoModelForImageTextToText if hasattr(reward_model.backbone, "visual") else AutoModelForCausalLM
+    lm = kind.from_config(copy.deepcopy(reward_model.backbone.config), attn_implementation="sdpa")
+    lm.model.load_state_dict(reward_model.backbone.state_dict())
+    policy, rng, n = Policy(lm.float(), reward_model.tokenizer, reward_model.image_processor).to(reward_model.device).train(), random.Random(cfg.seed), 16
+    rows = synthetic(cfg.sft_steps * n, seed=2_000_000 + cfg.seed)  # pictures of their own: neither RL nor the examination shows them again
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, weight_decay=0.0)
     for step in tqdm(range(cfg.sft_steps), desc="fine-tuning the tiny policy"):
         for group in optimizer.param_groups:
@@ -232,13 +230,12 @@ def make_policy(cfg: Config, folder: Path, reward_models: list[RewardModel]) -> 
         for c in rows[step * n:(step + 1) * n]:
             wrong = [r for r in c.responses if r != c.answer]
             shown.append(replace(c, pairs=[], responses=[c.answer, c.answer, rng.choice(wrong), rng.choice(wrong)]))
-        loss = -policy(pack(shown, policy.tokenizer, policy.image_processor)).mean()
+        loss = -policy(pack(shown, policy.tokenizer, policy.image_processor).to(policy.device)).mean()
         loss.backward()
         nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    save_policy(policy, folder)
-    shutil.rmtree(partial)
+    save_policy(policy.eval(), folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -254,7 +251,7 @@ class Group:
     texts: list[str]
     truncated: torch.Tensor  # (G,) bool
     matches: torch.Tensor  # (G,) bool
-    model_rewards: torch.Tensor  # (G,) r_i; zeros where there is no reward model
+    model_rewards: torch.Tensor  # (G,) r_i
     rewards: torch.Tensor | None = None  # (G,) R_i
     advantages: torch.Tensor | None = None  # (G,) A_i
 
@@ -327,14 +324,13 @@ def roll_out(policy: Policy, reward_models: list[RewardModel], named: list[tuple
             truncated = torch.tensor([ids[-1] != policy.end for ids in rollouts])
             matches = torch.tensor([answer_matches(text, comparison.answer) for text in texts]) & ~truncated
             groups.append(Group(comparison, prompt, rollouts, texts, truncated, matches, torch.zeros(len(rollouts))))
-    if reward_models:
-        ended = [replace_responses(g.prompt, [ids if ids[-1] == policy.end else [*ids, policy.end] for ids in g.rollouts]) for g in groups]
-        for members in fill_packs([e.tokens for e in ended], cfg.pack_tokens):
-            with torch.no_grad():
-                batch = pack([ended[m] for m in members]).to(policy.device)
-                rewards = torch.stack([model(batch) for model in reward_models]).mean(dim=0).cpu()  # section 4.7: the plain mean is best
-            for m, part in zip(members, rewards.split(cfg.group_size)):
-                groups[m].model_rewards = part
+    ended = [replace_responses(g.prompt, [ids if ids[-1] == policy.end else [*ids, policy.end] for ids in g.rollouts]) for g in groups]
+    for members in fill_packs([e.tokens for e in ended], cfg.pack_tokens):
+        with torch.no_grad():
+            batch = pack([ended[m] for m in members]).to(policy.device)
+            rewards = torch.stack([model(batch) for model in reward_models]).mean(dim=0).cpu()  # section 4.7: the plain mean is best
+        for m, part in zip(members, rewards.split(cfg.group_size)):
+            groups[m].model_rewards = part
     return groups
 
 
@@ -538,11 +534,8 @@ def encode_prompts(named: list[tuple], policy: Policy, rows, world: World, threa
 
 
 def load_reward_models(cfg: Config, world: World, say) -> list[RewardModel]:
-    """The members of the ensemble, frozen, in bf16 on a GPU; none if only `rule` is asked for and the default one is not there."""
-    at_default = cfg.reward_model == [DEFAULT_REWARD_MODEL] and not (Path(DEFAULT_REWARD_MODEL) / "reward_config.json").exists()
-    if at_default and cfg.reward == ["rule"]:
-        return []
-    if at_default and cfg.policy == "tiny":
+    """The members of the ensemble, frozen, in bf16 on a GPU. The default one is made by train.py if it is not there."""
+    if cfg.reward_model == [DEFAULT_REWARD_MODEL] and not (Path(DEFAULT_REWARD_MODEL) / "reward_config.json").exists():
         command, code = [sys.executable, str(Path(__file__).with_name("train.py")), "--out", DEFAULT_REWARD_MODEL], 0
         say(f"there is no reward model in {DEFAULT_REWARD_MODEL} yet: making one first, with {' '.join(command[1:])}")
         if world.rank == 0:  # a world of its own, whatever torchrun told this process
@@ -780,7 +773,7 @@ def grpo(kind: str, start, reference: Policy, reward_models, rows, train: list[i
                sum(len(g.rollouts) for g in known), sum(g.matches.sum().item() for g in known), sum(len(ids) for g in groups for ids in g.rollouts),
                sum(g.truncated.sum().item() for g in groups), len(equal), len(groups), *sums]
         n, paid, r, n_known, right, length, cut, n_equal, n_groups, loss, kl, far = world.gather(own).sum(dim=0).tolist()
-        row = {"step": step + 1, "reward": paid / n, "model_reward": r / n if reward_models else None, "accuracy": right / n_known if n_known else None,
+        row = {"step": step + 1, "reward": paid / n, "model_reward": r / n, "accuracy": right / n_known if n_known else None,
                "kl": kl / max(tokens, 1), "length": length / n, "truncated": cut / n, "equal_groups": n_equal / n_groups, "clipped": far / max(tokens, 1),
                "loss": loss / max(tokens, 1), "grad_norm": max(norms, default=0.0), "tokens": tokens, "seconds": round(time.time() - started, 3)}
         state["log"] = [*state["log"], row]
@@ -827,7 +820,7 @@ def main(cfg: Config, world: World) -> int:
     if start == "tiny":
         start = out / "policy"
         if first and not start.exists():
-            make_policy(cfg, start, reward_models)
+            make_policy(cfg, start, reward_models[0])
         world.barrier()
     reference = load_policy(start, cfg.max_pixels, torch.bfloat16 if world.device.type == "cuda" else torch.float32).to(world.device).requires_grad_(False)
     check_families(reference, cfg, reward_models)

@@ -96,9 +96,12 @@ def test_log_probabilities_from_the_shared_pack_equal_those_of_separate_sequence
         torch.testing.assert_close(together, apart, atol=2e-5, rtol=1e-5)
 
 
-def test_generation_sees_the_same_positions_as_the_pack(policy, monkeypatch):
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen2_vl", "qwen3"])
+def test_generation_sees_the_same_positions_as_the_pack(kind, tmp_path, monkeypatch):
     """transformers gives an image one-dimensional positions without a word if it is not told; prompts of several lengths, one without an image."""
-    prompts, seen = prompts_of(policy, visual_and_text()), {}
+    policy = rl.load_policy(tiny_backbone(tmp_path / kind, TEXTS, kind=kind, width=64, vocabulary_head=True))
+    drawn = [c for c in visual_and_text() if kind != "qwen3" or not c.images]
+    prompts, seen = prompts_of(policy, [*drawn, replace(drawn[-1], prompt="Name a colour.")]), {}
     generate = policy.lm.generate
 
     def listen(generation_config, **inputs):
@@ -108,7 +111,7 @@ def test_generation_sees_the_same_positions_as_the_pack(policy, monkeypatch):
         return out.sequences
 
     monkeypatch.setattr(policy.lm, "generate", listen)
-    written = rl.generate(policy, prompts, [1, 2, 3], group_size=4, max_new_tokens=5)
+    written = rl.generate(policy, prompts, [1, 2, 3, 4][:len(prompts)], group_size=4, max_new_tokens=5)
     assert len({len(p.prompt_ids) for p in prompts}) > 1
     logits = iter(seen["logits"].float())
     for prompt, rollouts in zip(prompts, written):
@@ -345,3 +348,39 @@ def test_bad_input_gets_one_line_that_says_what_to_do(flags, judge, backbones, t
 def test_every_flag_is_read():
     source = (ROOT / "rl_demo.py").read_text()
     assert [f.name for f in fields(rl.Config) if not re.search(rf"\b(cfg|self|config)\.{f.name}\b", source)] == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Other people's trainers
+
+
+def trl_reward(judge):
+    """The README's lines: a function, since TRL takes a torch module for one of its own reward models and calls it otherwise."""
+    def base_reward(prompts, completions, images=None, **_):
+        rewards = []
+        for i, (prompt, completion) in enumerate(zip(prompts, completions)):
+            text = completion if isinstance(completion, str) else completion[-1]["content"]
+            rewards += judge.score(prompt, [text], images[i] if images else ())
+        return rewards
+    return base_reward
+
+
+def test_score_is_a_reward_function_of_trl(policy_folder, tiny, tmp_path):
+    """GRPOTrainer runs with it; and rows with images, as TRL hands them on, get the reward of `score`."""
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+    paid = trl_reward(tiny)
+    c = visual_and_text()[0]
+    messages = trl.data_utils.prepare_multimodal_messages([{"role": "user", "content": c.prompt.replace("<image>", "")}], images=c.images)
+    answers = [[{"role": "assistant", "content": text}] for text in c.responses]
+    rewards = paid(prompts=[messages] * len(answers), completions=answers, completion_ids=None, images=[c.images] * len(answers), trainer_state=None)
+    assert rewards == pytest.approx(tiny.score(c.prompt, c.responses, c.images), abs=1e-5)
+
+    folder = tiny_backbone(tmp_path / "text", TEXTS, kind="qwen2", width=64, vocabulary_head=True)
+    rows = Dataset.from_list([{"prompt": [{"role": "user", "content": f"Name a colour, number {i}."}]} for i in range(4)])
+    options = trl.GRPOConfig(output_dir=str(tmp_path / "out"), per_device_train_batch_size=4, num_generations=2, max_completion_length=4, max_steps=1, beta=0.0,
+                             report_to=[], use_cpu=True, bf16=False, save_strategy="no", logging_steps=1)
+    trainer = trl.GRPOTrainer(model=str(folder), reward_funcs=paid, args=options, train_dataset=rows, processing_class=AutoTokenizer.from_pretrained(folder))
+    trainer.train()
+    assert math.isfinite(trainer.state.log_history[0]["rewards/base_reward/mean"])

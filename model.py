@@ -629,7 +629,9 @@ def tiny_backbone(directory, texts, seed=0, kind="qwen2_5_vl", vocab_size=512, w
 
     kind: "qwen2_5_vl", "qwen2_vl", or the text-only "qwen2" and "qwen3". The same classes as the 7B, four layers deep, 1.3M
     parameters: whatever loads this folder loads Qwen/Qwen2.5-VL-7B-Instruct. Trap: the initial weights must not be small. With
-    transformers' default of 0.02, far below 1/sqrt(width), such a model sits at log 2 for hundreds of steps.
+    transformers' default of 0.02, far below 1/sqrt(width), such a model sits at log 2 for hundreds of steps. Two more: M-RoPE turns
+    columns with the lowest frequencies, which at the usual base of 10000 differ by a thousandth of a turn over a picture this small, so
+    the base is 2; and image tokens that are ten times as large as words drown what the layers add to them, so the merger starts at 0.3.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Config, Qwen2ForCausalLM
@@ -647,7 +649,7 @@ def tiny_backbone(directory, texts, seed=0, kind="qwen2_5_vl", vocab_size=512, w
     ids = {"eos_token_id": special.index(END), "bos_token_id": 0, "pad_token_id": 0}
     text = dict(vocab_size=vocab_size, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=4, num_attention_heads=4,
                 num_key_value_heads=2, max_position_embeddings=8192, initializer_range=0.08, **ids,
-                rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [width // 32, width // 32 * 3 // 2,
+                rope_parameters={"rope_type": "default", "rope_theta": 2.0, "mrope_section": [width // 32, width // 32 * 3 // 2,
                                                                                                  width // 32 * 3 // 2]})
     vision = dict(depth=2, num_heads=4, initializer_range=0.05)
     marks = dict(image_token_id=special.index(IMAGE_PAD), video_token_id=special.index(VIDEO_PAD),
@@ -663,6 +665,8 @@ def tiny_backbone(directory, texts, seed=0, kind="qwen2_5_vl", vocab_size=512, w
         text["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0}
         model = (Qwen2ForCausalLM(Qwen2Config(**text)) if kind == "qwen2" else
                  Qwen3ForCausalLM(Qwen3Config(**text, head_dim=width // 4)))
+    if kind.endswith("vl"):
+        model.model.visual.merger.mlp[2].weight.data.mul_(0.3)
     directory = Path(directory)
     with quiet():
         (model if vocabulary_head else getattr(model, "model", model)).save_pretrained(directory)

@@ -109,7 +109,7 @@ class Config:
     gradient_checkpointing: bool = HfArg(default=False, help="recompute activations in the backward pass: less memory, a third more time")
     eval_size: int = HfArg(default=240, help="prompts kept for evaluation, at most a tenth of --data; each gets G rollouts")
     save_every: int = HfArg(default=100, help="steps between checkpoints; 0: only when stopped")
-    sft_steps: int = HfArg(default=400, help="fine-tuning steps of the tiny policy before RL, 16 prompts each")
+    sft_steps: int = HfArg(default=150, help="fine-tuning steps of the tiny policy before RL, 16 prompts each")
 
     def resolved(self) -> "Config":
         """With the defaults that depend on the policy filled in, and nonsense refused."""
@@ -335,7 +335,7 @@ def roll_out(policy: Policy, reward_models: list[RewardModel], named: list[tuple
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
-# 3  Rewards
+# 3, 4 and 6  Rewards, advantages, loss
 
 UNITS = {"cm": "cm", "centimeter": "cm", "centimeters": "cm", "centimetre": "cm", "centimetres": "cm", "mm": "mm", "m": "m", "meter": "m", "meters": "m",
          "metre": "m", "metres": "m", "km": "km", "kilometers": "km", "kilometres": "km", "g": "g", "grams": "g", "kg": "kg", "kilograms": "kg",
@@ -404,9 +404,6 @@ def reward(kind: str, matches: torch.Tensor, r: torch.Tensor, truncated: torch.T
     return rewards
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
-# 4  Advantages
-
 
 def group_advantages(rewards: torch.Tensor, no_std: bool = False) -> torch.Tensor:
     """4  A = (R - mean R) / (std R + 1e-6), over the G rollouts of one prompt; std with 1/G, not 1/(G - 1).
@@ -421,9 +418,6 @@ def group_advantages(rewards: torch.Tensor, no_std: bool = False) -> torch.Tenso
     centred = rewards - rewards.mean()
     return centred if no_std else centred / (rewards.std(correction=0) + 1e-6)
 
-
-# ---------------------------------------------------------------------------------------------------------------------------------
-# 6  Loss
 
 
 def kl_estimate(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:

@@ -251,7 +251,7 @@ class Group:
     texts: list[str]
     truncated: torch.Tensor  # (G,) bool
     matches: torch.Tensor  # (G,) bool
-    model_rewards: torch.Tensor  # (G,) r_i
+    model_rewards: torch.Tensor  # (G,) r_i; zeros if `rule` runs without a reward model
     rewards: torch.Tensor | None = None  # (G,) R_i
     advantages: torch.Tensor | None = None  # (G,) A_i
 
@@ -324,6 +324,8 @@ def roll_out(policy: Policy, reward_models: list[RewardModel], named: list[tuple
             truncated = torch.tensor([ids[-1] != policy.end for ids in rollouts])
             matches = torch.tensor([answer_matches(text, comparison.answer) for text in texts]) & ~truncated
             groups.append(Group(comparison, prompt, rollouts, texts, truncated, matches, torch.zeros(len(rollouts))))
+    if not reward_models:
+        return groups
     ended = [replace_responses(g.prompt, [ids if ids[-1] == policy.end else [*ids, policy.end] for ids in g.rollouts]) for g in groups]
     for members in fill_packs([e.tokens for e in ended], cfg.pack_tokens):
         with torch.no_grad():
@@ -528,8 +530,11 @@ def encode_prompts(named: list[tuple], policy: Policy, rows, world: World, threa
 
 
 def load_reward_models(cfg: Config, world: World, say) -> list[RewardModel]:
-    """The members of the ensemble, frozen, in bf16 on a GPU. The default one is made by train.py if it is not there."""
-    if cfg.reward_model == [DEFAULT_REWARD_MODEL] and not (Path(DEFAULT_REWARD_MODEL) / "reward_config.json").exists():
+    """The members of the ensemble, frozen, in bf16 on a GPU. The default one is made by train.py if the tiny policy needs it."""
+    absent = cfg.reward_model == [DEFAULT_REWARD_MODEL] and not (Path(DEFAULT_REWARD_MODEL) / "reward_config.json").exists()
+    if absent and cfg.policy != "tiny" and cfg.reward == ["rule"]:
+        return []  # r(x, y) is then reported as 0
+    if absent and cfg.policy == "tiny":
         command, code = [sys.executable, str(Path(__file__).with_name("train.py")), "--out", DEFAULT_REWARD_MODEL], 0
         say(f"there is no reward model in {DEFAULT_REWARD_MODEL} yet: making one first, with {' '.join(command[1:])}")
         if world.rank == 0:  # a world of its own, whatever torchrun told this process

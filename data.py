@@ -29,6 +29,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,6 +92,55 @@ def setup() -> World:
     if world_size > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return World(rank, local_rank, world_size, device)
+
+
+class StopSignal:
+    """Remembers SIGTERM or Ctrl-C until the step is done; a second one ends at once."""
+
+    def __init__(self):
+        self.number = 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.note)
+
+    def note(self, number, _frame):
+        self.number = number
+        signal.signal(number, signal.SIG_DFL)
+
+
+def claim_folder(out: Path, overwrite: bool, resume: bool, ours: str) -> str:
+    """Makes a run folder ready, or says in one line why it will not: no run is overwritten by accident. `ours`: a file that every run leaves."""
+    if overwrite and resume:
+        return "--overwrite and --resume contradict each other"
+    if out.exists() and not out.is_dir():
+        return f"--out {out} is a file; want a folder"
+    if overwrite and (out / ours).exists():
+        shutil.rmtree(out)
+    if not resume and out.is_dir() and any(out.iterdir()):
+        return f"{out} is not empty; add --resume to go on with an unfinished run, --overwrite to replace a run, or choose another --out"
+    out.mkdir(parents=True, exist_ok=True)
+    return ""
+
+
+def write_text(file: Path, text: str) -> None:
+    """Under a temporary name, then moved into place: a kill at any moment leaves the old file or the new one."""
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, file)
+
+
+def write_state(file: Path, state: dict) -> str:
+    """The same for a training state. Returns "" or, in one line, why it could not be written."""
+    partial = file.with_name(file.name + ".partial")
+    try:
+        with open(partial, "wb") as stream:
+            torch.save(state, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, file)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        partial.unlink(missing_ok=True)
+        return f"cannot write {file} ({' '.join(str(error).split())[:120]}); is the disk full? The one before is intact"
+    return ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------

@@ -19,10 +19,11 @@ responses to it. The prompt and its images go through the network once, and ever
     9  the plain version       one padded row per response: what the fast path is tested against
     10 the tiny backbone       a Qwen2.5-VL small enough to train while you read this
 
-Letters for sizes: B pairs, K responses of a prompt, R responses in a pack, T tokens, D width of the backbone, N images, P patches, M models.
+Letters for sizes: B pairs, K responses of a prompt, R responses in a pack, T tokens, D width of the backbone, N images, P patches,
+M models.
 
-Where this differs from the paper. The paper does not name the token at which the reward is read, nor the head's hidden width: we read at
-the response's last token, `<|im_end|>`, and use the width of the backbone. Sharing the prompt between responses changes speed, not rewards.
+Where this differs from the paper. It names neither the token at which the reward is read nor the head's hidden width: we read at the
+response's last token, `<|im_end|>`, and use the width of the backbone. Sharing the prompt between responses changes speed, not rewards.
 """
 import json
 import math
@@ -67,7 +68,7 @@ class Comparison:
 # ---------------------------------------------------------------------------------------------------------------------------------
 # 2  Images
 
-MAX_IMAGE_PIXELS = 89_478_485  # Pillow's own warning line; a larger file is taken for a decompression bomb (a 1 kB PNG can hold 10^9 pixels)
+MAX_IMAGE_PIXELS = 89_478_485  # Pillow's own warning line: beyond it lies the decompression bomb, a file of kilobytes with 10^9 pixels
 MAX_ASPECT_RATIO = 200  # beyond it Qwen's image processor refuses
 MAX_FRAMES = 32  # of a video, evenly spaced (as MM-RLHF-RewardBench is scored)
 FRAME_SHARE = 8  # a frame of a video gets 1/8 of the pixels of an image; with two frames to a token, 32 frames cost what two images do
@@ -90,7 +91,7 @@ def open_image(source) -> Image.Image:
 
 
 def open_frames(source) -> list[Image.Image]:
-    """The frames of a video (a folder, taken in the order of the names, or a list): at most MAX_FRAMES, evenly spaced, first and last kept."""
+    """At most MAX_FRAMES frames of a video, evenly spaced, first and last kept. A folder's files are taken in the order of their names."""
     frames = source if isinstance(source, (list, tuple)) else sorted(p for p in Path(source).iterdir() if not p.name.startswith("."))
     if not frames:
         raise ValueError(f"video {source} holds no frame")
@@ -248,7 +249,7 @@ def pack(comparisons, tokenizer=None, image_processor=None) -> Pack:
 
 
 def fill_packs(sizes: list[int], budget: int) -> list[list[int]]:
-    """Indices of the items that share a pack, so that no pack exceeds `budget` tokens: the longest first, each into the fullest that has room.
+    """Indices of the items that share a pack of at most `budget` tokens: the longest first, each into the fullest that has room.
 
     >>> fill_packs([6, 3, 5, 4], budget=10)
     [[0, 3], [2, 1]]
@@ -368,7 +369,7 @@ def build_head(width: int, layers: int = 2, activation: str = "silu") -> nn.Sequ
     backbone gets no gradient to speak of; a model without pretraining then stays at log 2.
     """
     if layers < 1 or activation not in ACTIVATIONS:
-        raise ValueError(f"head_layers {layers}, head_activation {activation!r}: want at least 1 layer, and one of {', '.join(ACTIVATIONS)}")
+        raise ValueError(f"head of {layers} layers with {activation!r}: want at least 1 layer, and one of {', '.join(ACTIVATIONS)}")
     parts = [part for _ in range(layers - 1) for part in (nn.Linear(width, width), ACTIVATIONS[activation]())]
     last = nn.Linear(width, 1)
     nn.init.normal_(last.weight, std=1 / math.sqrt(width))
@@ -389,7 +390,7 @@ class RewardModel(nn.Module):
         return next(self.parameters()).device
 
     def forward(self, pack: Pack) -> torch.Tensor:
-        """Rewards (R,) in fp32, one for every response of the pack. On CUDA the backbone computes in bf16 while its weights stay as loaded."""
+        """Rewards (R,) in fp32, one for every response of the pack. On CUDA the backbone computes in bf16; its weights stay as loaded."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             hidden = hidden_states(self.backbone, pack)  # (T, D)
         with torch.autocast(self.device.type, enabled=False):  # differences of rewards are small: the head and the loss stay in fp32
@@ -405,7 +406,7 @@ class RewardModel(nn.Module):
     def from_backbone(cls, path_or_id, head_layers=2, head_activation="silu", max_pixels=None, dtype=torch.float32) -> "RewardModel":
         """A plain Qwen2.5-VL, Qwen2-VL or text-only Qwen2 / Qwen3 checkpoint (folder or hub id) with a fresh head.
 
-        The weights are loaded in fp32 whatever the checkpoint holds: at a learning rate of 3e-6 a bf16 weight would round every update away.
+        The weights are loaded in fp32 whatever the checkpoint holds: at a rate of 3e-6 a bf16 weight would round every update away.
         """
         backbone = load_backbone(path_or_id, dtype)
         width = getattr(backbone.config, "text_config", backbone.config).hidden_size
@@ -415,10 +416,10 @@ class RewardModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, directory, dtype=torch.float32) -> "RewardModel":
-        """A reward model saved by `save_pretrained`. Every weight of the head must be there: a fresh one in its place would score noise."""
+        """A model saved by `save_pretrained`. Every weight of the head must be there: a fresh one in its place would score noise."""
         directory = Path(directory)
         if not (directory / "reward_config.json").is_file():
-            raise ValueError(f"{directory} is not a saved reward model: it has no reward_config.json. A plain backbone loads with from_backbone")
+            raise ValueError(f"{directory} is not a saved reward model (no reward_config.json); a plain backbone loads with from_backbone")
         head_config = json.loads((directory / "reward_config.json").read_text())
         backbone = load_backbone(directory, dtype)
         head = build_head(head_config["width"], head_config["head_layers"], head_config["head_activation"])
@@ -474,7 +475,7 @@ class quiet:
 
 
 def load_backbone(path_or_id, dtype=torch.float32):
-    """The model of transformers without its vocabulary head, from safetensors, in eval mode. ValueError names keys that are missing or surplus.
+    """The model of transformers without its vocabulary head, from safetensors. ValueError names keys that are missing or surplus.
 
     Both layouts load: the hub's first one (`visual.*`, `model.*`, `lm_head.*`) and that of current transformers.
     """
@@ -485,10 +486,11 @@ def load_backbone(path_or_id, dtype=torch.float32):
                                                        use_safetensors=True, output_loading_info=True)
         except (OSError, RuntimeError, ValueError) as error:
             raise ValueError(f"cannot load a backbone from {path_or_id}: {' '.join(str(error).split())[:400]}") from None
-    surplus = [key for key in info["unexpected_keys"] if key != "lm_head.weight"]  # the vocabulary head, which a reward model has no use for
+    surplus = [key for key in info["unexpected_keys"] if key != "lm_head.weight"]  # a reward model has no use for the vocabulary
     missing = list(info["missing_keys"])
     if surplus or missing:
-        raise ValueError(f"{path_or_id} does not fit {type(backbone).__name__}: missing {sorted(missing)[:5]}, surplus {sorted(surplus)[:5]}")
+        raise ValueError(f"{path_or_id} does not fit {type(backbone).__name__}: "
+                         f"missing {sorted(missing)[:5]}, surplus {sorted(surplus)[:5]}")
     layers = set(getattr(getattr(config, "text_config", config), "layer_types", None) or ["full_attention"])
     if layers != {"full_attention"}:
         raise ValueError(f"{path_or_id} has layers of kind {sorted(layers)}; the branch mask is defined for full attention only")
@@ -499,7 +501,7 @@ def load_processors(path_or_id, backbone, max_pixels=None):
     """Tokenizer, and the image processor if the backbone has eyes (the PIL one: no torchvision), with `max_pixels` per image if given."""
     tokenizer = AutoTokenizer.from_pretrained(path_or_id)
     if not tokenizer.chat_template or tokenizer.convert_tokens_to_ids(END) in (None, tokenizer.unk_token_id):
-        raise ValueError(f"{path_or_id}: the tokenizer needs a chat template and the token {END}; take an instruction-tuned Qwen checkpoint")
+        raise ValueError(f"{path_or_id}: the tokenizer lacks a chat template or the token {END}; take an instruction-tuned Qwen")
     if not hasattr(backbone, "visual"):
         return tokenizer, None
     image_processor = AutoImageProcessor.from_pretrained(path_or_id, backend="pil")
@@ -522,7 +524,7 @@ def pairwise_loss(rewards, pairs, zero_coef=0.0, length_norm=False, response_len
     length_norm    r <- r / log(length + 1), with response_length (R,) in tokens, before anything else
     zero_coef      + lambda * mean((r_chosen + r_rejected)^2), which fixes the free constant
 
-    pairs_in_step: divide by this instead of by B, where these are some of a step's pairs (micro-steps and ranks): parts then add up to the whole.
+    pairs_in_step: divide by this instead of by B where these are some of a step's pairs (micro-steps, ranks): parts add up to the whole.
 
     >>> round(pairwise_loss(torch.tensor([1.0, 1.0]), torch.tensor([[0, 1]])).item(), 4)          # no opinion: log 2
     0.6931
@@ -625,9 +627,9 @@ CHAT_TEMPLATE = (  # the shape of Qwen's template, for messages whose contents a
 
 
 def tiny_backbone(directory, texts, seed=0, kind="qwen2_5_vl", vocab_size=512, width=128, vocabulary_head=False) -> Path:
-    """Writes a checkpoint with random weights and a byte-level BPE trained on `texts`, in the layout of the hub's, and returns its folder.
+    """Writes a checkpoint with random weights and a byte-level BPE trained on `texts`, in the hub's layout, and returns its folder.
 
-    kind: "qwen2_5_vl", "qwen2_vl", or the text-only "qwen2" and "qwen3". The same classes as the 7B, four layers deep, 1.3M
+    kind: "qwen2_5_vl", "qwen2_vl", or the text-only "qwen2" and "qwen3". The same classes as the 7B, four layers deep, 1.7M
     parameters: whatever loads this folder loads Qwen/Qwen2.5-VL-7B-Instruct. Trap: the initial weights must not be small. With
     transformers' default of 0.02, far below 1/sqrt(width), such a model sits at log 2 for hundreds of steps. Nor may rope_theta be
     large: with the usual 10,000 the columns of an image of three by three tokens differ by an angle of 0.006, and left is right.
@@ -655,7 +657,8 @@ def tiny_backbone(directory, texts, seed=0, kind="qwen2_5_vl", vocab_size=512, w
                  vision_start_token_id=special.index("<|vision_start|>"), vision_end_token_id=special.index("<|vision_end|>"))
     torch.manual_seed(seed)
     if kind == "qwen2_5_vl":
-        vision |= dict(hidden_size=width, intermediate_size=2 * width, out_hidden_size=width, fullatt_block_indexes=[1], tokens_per_second=2)
+        vision |= dict(hidden_size=width, intermediate_size=2 * width, out_hidden_size=width, fullatt_block_indexes=[1],
+                       tokens_per_second=2)
         model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, **marks))
     elif kind == "qwen2_vl":
         vision |= dict(embed_dim=width, hidden_size=width, mlp_ratio=2)
@@ -669,6 +672,6 @@ def tiny_backbone(directory, texts, seed=0, kind="qwen2_5_vl", vocab_size=512, w
         (model if vocabulary_head else getattr(model, "model", model)).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     if kind.endswith("vl"):
-        # 112 pixels square is 4 x 4 image tokens: enough to see coloured shapes, and quick on a CPU
+        # at most 112 pixels square, 4 x 4 image tokens: enough to see coloured shapes, and quick on a CPU
         Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 112 * 112}).save_pretrained(directory)
     return directory

@@ -28,7 +28,7 @@ def folder_of(path: Path, *rows) -> Path:
 
 def test_the_three_rows_of_the_docstring_are_read_as_they_stand(tmp_path):
     lines = data.__doc__[data.__doc__.index('    {"prompt"'):data.__doc__.index("`pairs` holds")]
-    rows = read_comparisons(folder_of(tmp_path, *(" ".join(part.split()) for part in lines.split("    {") if part.strip() for part in ["{" + part])))
+    rows = read_comparisons(folder_of(tmp_path, *("{" + " ".join(part.split()) for part in lines.split("    {") if part.strip())))
     assert [c.responses for c in rows] == [["A bus.", "Two buses."], ["Apple", "Table"], ["A bus.", "Two buses."]]
     assert [c.pairs for c in rows] == [[(0, 1)]] * 3
     assert [c.images for c in rows] == [[str(tmp_path / "images/7.png")], [], [str(tmp_path / "images/7.png")]]
@@ -93,8 +93,9 @@ def test_an_empty_file_and_a_missing_folder_say_so(tmp_path):
 
 def test_the_number_of_pairs_is_known_without_parsing_a_row(tmp_path):
     """Also where a text speaks of "pairs", or the key stands anywhere and is spaced in any way."""
-    four = {"pairs": [[0, 1], [0, 2], [1, 2]], "prompt": 'a text with "pairs": [[1, 2]]', "responses": ["a", "b", "c"], "critiques": ["[", "", ""]}
-    rows = read_comparisons(folder_of(tmp_path, GOOD, four, json.dumps(four, indent=None, separators=(" , ", " : ")),
+    three = {"pairs": [[0, 1], [0, 2], [1, 2]], "prompt": 'a text with "pairs": [[1, 2]]', "responses": ["a", "b", "c"],
+             "critiques": ["[", "", ""]}
+    rows = read_comparisons(folder_of(tmp_path, GOOD, three, json.dumps(three, separators=(" , ", " : ")),
                                       {"prompt": "x", "chosen": "a", "rejected": "b"}))
     assert list(rows.pairs) == [len(c.pairs) for c in rows] == [1, 3, 3, 1]
 
@@ -148,7 +149,7 @@ def test_drawn_comparisons_are_valid_and_the_same_for_the_same_seed():
 
 
 def test_without_the_picture_the_right_response_cannot_be_told():
-    """The best that texts alone allow, learnt from 3,000 comparisons: how often each response to each prompt wins. It must be at chance."""
+    """The best that texts alone allow, learnt from 3,000 comparisons: how often each response to a prompt wins. It must be at chance."""
     wins, seen = {}, {}
     for c in synthetic(3000, seed=1):
         for w, l in c.pairs:
@@ -175,7 +176,7 @@ def test_a_written_folder_reads_back_the_same(tmp_path):
     comparisons = synthetic(20)
     rows = read_comparisons(write_comparisons(tmp_path / "drawn", comparisons, bar=False))
     for c, again in zip(comparisons, rows):
-        assert (c.prompt, c.responses, c.pairs, c.category, c.answer) == (again.prompt, again.responses, again.pairs, again.category, again.answer)
+        assert all(getattr(c, name) == getattr(again, name) for name in ("prompt", "responses", "pairs", "category", "answer"))
         assert [i.tobytes() for i in c.images] == [Image.open(i).tobytes() for i in again.images]
     with pytest.raises(BadRow, match="exists already"):
         write_comparisons(tmp_path / "drawn", comparisons, bar=False)

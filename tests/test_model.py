@@ -2,6 +2,9 @@
 import copy
 import json
 import math
+import re
+import shutil
+import zlib
 
 import pytest
 import torch
@@ -47,10 +50,9 @@ def test_an_image_that_cannot_be_trusted_is_refused_in_one_line(tmp_path):
     picture(size=(10, 4000)).save(tmp_path / "narrow.png")
     bomb = bytearray((tmp_path / "whole.png").read_bytes())
     bomb[16:24] = (60_000).to_bytes(4, "big") * 2  # the header claims 60,000 x 60,000 pixels
-    import zlib
     bomb[29:33] = zlib.crc32(bytes(bomb[12:29])).to_bytes(4, "big")
     (tmp_path / "bomb.png").write_bytes(bomb)
-    for name, word in {"cut": "cannot be used", "note": "cannot identify", "narrow": "narrower", "bomb": "bomb", "gone": "does not exist"}.items():
+    for name, word in {"cut": "cannot be used", "note": "cannot identify", "narrow": "narrower", "bomb": "bomb", "gone": "not exist"}.items():
         with pytest.raises(ValueError, match=word) as error:
             m.open_image(tmp_path / f"{name}.png")
         assert f"{name}.png" in str(error.value) and "\n" not in str(error.value)
@@ -80,8 +82,8 @@ def test_the_tokens_of_a_prompt_are_pinned(tiny):
     """Golden ids: if they change, every saved model reads other prompts than it was trained on."""
     item = encode(COMPARISONS["one image"], tiny.tokenizer, tiny.image_processor)
     text = tiny.tokenizer.decode(item.prompt_ids).replace("<|image_pad|>" * 16, "[16 image tokens]")
-    assert text == ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>[16 image tokens]<|vision_end|>"
-                    "\nWhat colour?<|im_end|>\n<|im_start|>assistant\n")
+    assert text == ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+                    "<|im_start|>user\n<|vision_start|>[16 image tokens]<|vision_end|>\nWhat colour?<|im_end|>\n<|im_start|>assistant\n")
     assert item.prompt_ids == GOLDEN_PROMPT and item.response_ids == GOLDEN_RESPONSES
 
 
@@ -265,7 +267,7 @@ def test_saved_and_loaded_the_rewards_are_identical(tiny, tmp_path):
     again = RewardModel.from_pretrained(tmp_path / "rm")
     p = pack(encoded(tiny))
     assert torch.equal(tiny(p), again(p))
-    assert again.score("Name a colour.", ["red", "a long answer: green"]) == pytest.approx(tiny(pack(encoded(tiny, "text, K = 2"))).tolist())
+    assert again.score("Name a colour.", ["red", "a long answer: green"]) == pytest.approx(tiny(p)[:2].tolist(), abs=1e-5)
     assert type(AutoModel.from_pretrained(tmp_path / "rm")) is type(tiny.backbone)
     assert not list((tmp_path / "rm").glob(".*"))
 
@@ -273,10 +275,9 @@ def test_saved_and_loaded_the_rewards_are_identical(tiny, tmp_path):
 def test_the_hubs_first_layout_loads_and_a_missing_or_surplus_key_is_named(backbones, tmp_path):
     """`visual.*`, `model.*`, `lm_head.*` as the published checkpoints have them."""
     ours = RewardModel.from_backbone(backbones()).backbone.state_dict()
-    hub = {("model." + k.removeprefix("language_model.") if k.startswith("language_model.") else k): v.contiguous() for k, v in ours.items()}
+    hub = {re.sub("^language_model", "model", k): v.contiguous() for k, v in ours.items()}
     hub["lm_head.weight"] = torch.zeros(512, 64)
     folder = tmp_path / "hub"
-    import shutil
     shutil.copytree(backbones(), folder)
     save_file(hub, folder / "model.safetensors", metadata={"format": "pt"})
     loaded = m.load_backbone(folder).state_dict()

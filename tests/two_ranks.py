@@ -1,4 +1,4 @@
-"""What test_train.py runs under torchrun: one step's gradient, saved by the first rank. Arguments: backbone, data folder, file, [shard]."""
+"""What test_train.py runs under torchrun: one step's gradient, saved by the first rank. Arguments: backbone, data, file, [shard]."""
 import sys
 
 import torch

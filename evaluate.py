@@ -49,7 +49,7 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
-from data import BadRow, World, inside, read_comparisons, setup, synthetic, text_of
+from data import BadRow, World, held_out, inside, read_comparisons, setup, synthetic, text_of
 from model import MARK, Comparison, RewardModel, encode, ensemble_weights, fill_packs, is_video, open_frames, open_image, pack, to_messages
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -315,7 +315,7 @@ def read_benchmark(name: str, sources, on_bad_row: str) -> list:
     """Every row as (where it stands, Comparison); with on_bad_row "skip" a bad one as (where, the ValueError that says what is wrong)."""
     rows, makers = [], []
     if name == "comparisons" and not sources:
-        makers = [(f"drawn comparison {i + 1}", lambda c=c: c) for i, c in enumerate(synthetic(*HELD_OUT))]
+        makers = [(f"drawn comparison {i + 1}", lambda c=c: c) for i, c in enumerate(default_comparisons())]
     elif name == "comparisons":
         files = [read_comparisons(source) for source in sources]
         makers = [(f"{file.file} row {i + 1}", lambda file=file, i=i: file[i]) for file in files for i in range(len(file))]
@@ -337,7 +337,11 @@ def read_benchmark(name: str, sources, on_bad_row: str) -> list:
     return rows
 
 
-HELD_OUT = (800, 1_000_000)  # number and seed of the drawn comparisons that train.py's default holds out
+def default_comparisons() -> list[Comparison]:
+    """What train.py's embedded default holds out, with the defaults of its --train_size and --seed."""
+    return held_out(synthetic(5000))
+
+
 SHARED = 16  # responses that go with one prompt at most: with thousands it would not fit a pack
 
 
@@ -608,6 +612,7 @@ def score(cfg: "Config", world: World, out: Path) -> tuple[list[dict], list, dic
     if cfg.route and all(sees):
         raise BadRow("--route sends prompts without images to a text-only model, and every --model can see; add a text-only one")
     visual = [i for i, c in enumerate(prompts) if c.images]
+    pack_tokens = cfg.pack_tokens or (16384 if world.device.type == "cuda" else 1024)
     if visual and not any(sees) and cfg.on_bad_row == "stop":
         raise BadRow(f"{wheres[visual[0]]}: the prompt has an image and every --model is text-only; add one that sees, or --on_bad_row skip")
     validation = []
@@ -628,8 +633,8 @@ def score(cfg: "Config", world: World, out: Path) -> tuple[list[dict], list, dic
     for m, directory in enumerate(cfg.model):  # one after another, so that only one is in memory
         keys = [key for key, (_, _, members) in work.items() if m in members]
         part, model = Work([work[key] for key in keys]), RewardModel.from_pretrained(directory).to(world.device)
-        journal = out / ".partial" / fingerprint(directory, part, cfg.pack_tokens, cfg.on_bad_row)
-        for key, values in zip(keys, score_all(model, part, world, cfg.pack_tokens, Path(directory).name, cfg.on_bad_row, journal)):
+        journal = out / ".partial" / fingerprint(directory, part, pack_tokens, cfg.on_bad_row)
+        for key, values in zip(keys, score_all(model, part, world, pack_tokens, Path(directory).name, cfg.on_bad_row, journal)):
             scored[key][m] = values
         del model
     held = [scored["held", i] for i in range(len(validation))]
@@ -842,7 +847,7 @@ class Config:
     rescore: str = HfArg(default="", help="a predictions.jsonl: make every table from it, without a model (give --data too for report.html)")
     worst: int = HfArg(default=100, help="mistakes shown in report.html")
     on_bad_row: str = HfArg(default="stop", help="stop, or skip and say how many rows are missing")
-    pack_tokens: int = HfArg(default=16384, help="tokens in a pack")
+    pack_tokens: int = HfArg(default=0, help="tokens in a pack; 0: 16,384 on a GPU, 1,024 on a CPU, which gains nothing from long rows")
 
 
 def read_predictions(file: Path) -> tuple[dict, list[dict]]:

@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import benchmarks
 import evaluate
+from benchmarks import PUBLISHED, SECTIONS, footing, metrics, read_benchmark, share_prompts
 from conftest import ROOT
 from data import BadRow, synthetic, write_comparisons
-from evaluate import (Config, bootstrap, calibration, figures, footing, length_bias, main, metrics, participants, ranks, read_benchmark, remove_images,
-                      score_all, share_prompts, summarise, tables, tally, weigh)
+from evaluate import Config, bootstrap, calibration, figures, length_bias, main, participants, ranks, remove_images, summarise, tables, weigh
 from model import Comparison, RewardModel, encode
 
 FIXTURES = Path(__file__).parent / "fixtures" / "benchmarks"
@@ -106,9 +107,8 @@ def test_rewardbench_score_with_and_without_prior_sets():
     Score (100 + 100 + 100 + 41.67) / 4 = 85.42. Prior sets 3/4. With them (2 * (100 + 100 + 100 + 41.67) + 75) / 9 = 84.26.
     """
     rows = predictions("rewardbench", ["prior"], [1] * 4)
-    assert sorted(row["category"] for row in rows) == ["anthropic_helpful", "anthropic_hhh", "shp", "summarize"] or True
     rows += [rows[0] | {"category": subset, "prompt": 10 + i} for i, subset in
-             enumerate(s for name, subsets in evaluate.SECTIONS.items() if name != "Prior Sets" for s in subsets)]
+             enumerate(s for name, subsets in SECTIONS.items() if name != "Prior Sets" for s in subsets)]
     for row in rows:
         if row["category"] in ("hep-cpp", "math-prm", "shp"):
             row["rewards"] = [0.0, 1.0]
@@ -153,7 +153,7 @@ def test_published_overall_of_multimodal_rewardbench_is_micro_for_some_rows_and_
     """Counts of the public rows: 623, 654, 630, 514, 582, 508, 1,200 = 4,711. NOTES says which row is which."""
     n = torch.tensor([623, 654, 630, 514, 582, 508, 1200]).double()
     assert n.sum() == 4711
-    for line in evaluate.PUBLISHED["multimodal-rewardbench"].strip().split("\n"):
+    for line in PUBLISHED["multimodal-rewardbench"].strip().split("\n"):
         overall, *columns = [float(v) for v in line.split("|")[1].split()]
         columns = torch.tensor(columns).double()
         micro, mean = (columns @ n / n.sum()).item(), columns.mean().item()
@@ -448,7 +448,7 @@ const look = width => new Promise(done => { const f = document.createElement("if
     (dict(model=["EYES"], ensemble="vote"), "--ensemble 'vote': want one of average"),
     (dict(rescore="total_dataset.json"), "is not the predictions.jsonl of an earlier run")])
 def test_bad_input_is_one_line_that_says_what_to_do(settings, words, models, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "default_comparisons", lambda: synthetic(3))
+    monkeypatch.setattr(benchmarks, "default_comparisons", lambda: synthetic(3))
     named = {"EYES": str(models / "eyes"), "TEXT": str(models / "text")}
     settings = {key: [named.get(v, str(FIXTURES / v) if (FIXTURES / v).exists() else v) for v in value] if isinstance(value, list) else value
                 for key, value in settings.items()}

@@ -340,6 +340,7 @@ def footing(benchmark: str, grouping: str) -> list[str]:
     """Which published rows this model's may be laid beside."""
     if benchmark != "vl-rewardbench":
         return NOTES.get(benchmark, [])
-    like, unlike, other = {"official": ("[a]", "[b] and [c]", "paper"), "paper": ("[b] (mind [d] and [e])", "[a] and [c]", "official")}[grouping]
+    like, unlike, other = {"official": ("[a]", "[b] and [c]", "paper"),
+                           "paper": ("[b] (mind [d] and [e])", "[a] and [c]", "official")}[grouping]
     return [f"Grouping: {grouping}. This model's row compares in every column with rows {like}, in overall alone with {unlike}; "
             f"--grouping {other} for the others."] + NOTES[benchmark]

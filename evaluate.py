@@ -203,8 +203,8 @@ def length_bias(rows) -> dict:
         return ("length-matched pairs",) if abs(w - l) <= 0.1 * max(w, l) else ()
 
     def prefers_longer(who):  # as if length were the preference, or the reward
-        parts = [row | {"category": f"{who} chose the longer", "pairs": [p for p in row["pairs"] if len({row["length"][i] for i in p}) == 2]}
-                 for row in rows]
+        parts = [row | {"category": f"{who} chose the longer",
+                        "pairs": [p for p in row["pairs"] if len({row["length"][i] for i in p}) == 2]} for row in rows]
         return [row | {"rewards": row["length"]} if who == "people" else
                 row | {"pairs": [sorted(p, key=lambda i: -row["length"][i]) for p in row["pairs"]]} for row in parts]
 
@@ -215,8 +215,10 @@ def length_bias(rows) -> dict:
         r, l = r - r.mean(), l - l.mean()
         sums[row["prompt"]] = sums.get(row["prompt"], 0) + torch.stack([r @ l, r @ r, l @ l])
     ((value, low, high),) = bootstrap(torch.stack(list(sums.values())), lambda s: s[:, :1] / (s[:, 1:2] * s[:, 2:]).sqrt())
-    return figures(cells, {name: {name: 1} for name in cells}) | {
-        "correlation of reward and length": {"value": value, "low": low, "high": high, "n": sum(len(row["rewards"]) for row in rows)}}
+    found = figures(cells, {name: {name: 1} for name in cells})
+    if value == value:  # not 0/0: some row has responses of different lengths and rewards
+        found["correlation of reward and length"] = {"value": value, "low": low, "high": high, "n": sum(len(row["rewards"]) for row in rows)}
+    return found
 
 
 def calibration(rows, bins: int = 5) -> dict:
@@ -247,7 +249,7 @@ def participants(sees: list[bool], has_images: bool, route: bool) -> list[int]:
 
 
 def weigh(rule: str, members: list[int], held: list[dict], validation: list) -> dict:
-    """{member: weight} for one kind of prompt, from the validation pairs that all its members can read; held: {member: rewards} of each row."""
+    """{member: weight} for one kind of prompt, from the validation pairs all its members can read. held: {member: rewards} of each row."""
     common = [(rewards, c.pairs) for rewards, c in zip(held, validation) if all(rewards.get(m) for m in members)]
     margins = [[rewards[m][w] - rewards[m][l] for rewards, pairs in common for w, l in pairs] for m in members]
     if len(members) < 2 or rule == "average":
@@ -420,11 +422,11 @@ grid-template-columns: 15rem minmax(0, 1fr) } article.blind { grid-template-colu
 article img { max-width: 100%; border-radius: .3rem; display: block; margin-bottom: .3rem }
 .answers { display: grid; grid-template-columns: 1fr 1fr; gap: .7rem; margin-top: .8rem }
 .answers > div { border-top: 3px solid; padding-top: .4rem; min-width: 0 }
-.chosen { border-color: var(--good) } .rejected { border-color: var(--bad) }
+.answers .chosen { border-color: var(--good) } .answers .rejected { border-color: var(--bad) }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; max-height: 20rem; overflow-y: auto }
 .about { display: flex; flex-wrap: wrap; gap: .2rem .9rem; font-size: .87rem; margin-bottom: .3rem } .about b { color: var(--bad) }
 @media (max-width: 700px) { body { padding: .8rem } article, .answers { grid-template-columns: minmax(0, 1fr) }
-article img { max-height: 16rem } }
+article img { max-height: 16rem } td:first-child { white-space: normal; min-width: 7rem } }
 </style><h1>$title</h1><p class="$warn">$first</p><div class="scroll">$main</div>$notes
 <h2>Does it look, does it count words, is it as often right as it says</h2><div class="scroll">$rest</div>
 <h2>The worst mistakes first</h2><p class="soft">$shown</p><nav>$filters</nav>$cards<p class="soft">$receipt</p><script>

@@ -318,16 +318,19 @@ class Order:
 # ---------------------------------------------------------------------------------------------------------------------------------
 # 5  Synthetic
 
-COLOURS = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 220), "yellow": (240, 210, 40), "black": (20, 20, 20),
-           "white": (245, 245, 245)}
+COLOURS = {"red": (235, 60, 60), "green": (60, 200, 60), "blue": (60, 90, 245), "yellow": (240, 220, 60), "white": (245, 245, 245),
+           "pink": (250, 120, 190)}
 SHAPES = ("circle", "square", "triangle", "cross")
 PLACES = {"left": (23, 42), "right": (61, 42), "top": (42, 23), "bottom": (42, 61)}  # centres (x, y) in an image of 84 x 84 pixels
 VISUAL = ("colour", "shape", "count", "position", "describe")  # categories that cannot be answered without the image
 
 
 def draw(shapes: list[tuple[str, str, int, int, int]], rng: random.Random):
-    """A picture of shapes (kind, colour, centre x, centre y, radius), each a little off in colour, on a grey ground."""
-    image = new_image("RGB", (84, 84), tuple(rng.randint(112, 132) for _ in range(3)))
+    """A picture of shapes (kind, colour, centre x, centre y, radius), each a little off in colour, on a dark ground.
+
+    Every colour is brighter than the ground, so that "something is there" is one direction in pixel space and quickly learnt.
+    """
+    image = new_image("RGB", (84, 84), tuple(rng.randint(35, 55) for _ in range(3)))
     pen = ImageDraw.Draw(image)
     for kind, colour, x, y, r in shapes:
         fill = tuple(min(max(c + rng.randint(-15, 15), 0), 255) for c in COLOURS[colour])
@@ -352,7 +355,6 @@ def synthetic_comparison(seed: int, i: int) -> Comparison:
     rng = random.Random(f"{seed} {i}")
     category = rng.choice((*VISUAL, "text"))
     colour, shape, place = rng.choice(list(COLOURS)), rng.choice(SHAPES), rng.choice(list(PLACES))
-    x, y = (c + rng.randint(-3, 3) for c in PLACES[place])
     k = rng.randint(2, 4)
 
     def others(values, right):
@@ -368,24 +370,22 @@ def synthetic_comparison(seed: int, i: int) -> Comparison:
         images = [draw([(shape, colour, sx + rng.randint(-4, 4), sy + rng.randint(-4, 4), rng.randint(12, 16)) for sx, sy in spots], rng)]
         prompt, responses = "How many shapes are there?", [str(right), *others("1234", str(right))]
     else:
-        images = [draw([(shape, colour, x, y, rng.randint(17, 21))], rng)]
+        centre, radius = ((42, 42), rng.randint(24, 30)) if category in ("colour", "shape") else (PLACES[place], rng.randint(15, 19))
+        images = [draw([(shape, colour, *(c + rng.randint(-4, 4) for c in centre), radius)], rng)]
         if category == "colour":
             prompt, responses = f"What colour is the {shape}?", [colour, *others(COLOURS, colour)]
         elif category == "shape":
             prompt, responses = f"Which shape is {colour}?", [shape, *others(SHAPES, shape)]
         elif category == "position":
             prompt, responses = f"Where is the {shape}?", [place, *others(PLACES, place)]
-        else:  # each response has one attribute more wrong than the one before it
-            right, wrong = [colour, shape, place], []
-            for values, value in ((COLOURS, colour), (SHAPES, shape), (PLACES, place)):
-                wrong.append(rng.choice([v for v in values if v != value]))
-            spoil, said = rng.sample(range(3), k - 1), list(right)
-            responses = [" ".join(said)]
-            for a in spoil:
-                said[a] = wrong[a]
-                responses.append(" ".join(said))
-            prompt = "Name colour, shape and place."
-    pairs = [(w, l) for w in range(k) for l in range(w + 1, k) if category == "describe" or w == 0]  # wrong answers tie with each other
+        else:  # both right, one of the two right, none right
+            other_colour, other_place = (rng.choice([v for v in values if v != right]) for values, right in ((COLOURS, colour), (PLACES, place)))
+            responses = [f"{colour} {place}", f"{other_colour} {other_place}", f"{colour} {other_place}", f"{other_colour} {place}"]
+            responses = [responses[0], *rng.sample(responses[1:], k - 1)]
+            prompt = "Name colour and place."
+    # how many of its words are right; equals tie, so three wrong answers make no pair among themselves
+    right = [sum(word in responses[0].split() for word in response.split()) for response in responses]
+    pairs = [(w, l) for w in range(k) for l in range(k) if right[w] > right[l]]
     at = rng.sample(range(k), k)  # response j moves to place at[j], so that the winner is not always first
     shuffled = [responses[at.index(j)] for j in range(k)]
     return Comparison(("<image>" * len(images)) + prompt, shuffled, sorted((at[w], at[l]) for w, l in pairs), images, id=f"{seed}-{i}",

@@ -393,7 +393,7 @@ class RewardModel(nn.Module):
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             hidden = hidden_states(self.backbone, pack)  # (T, D)
         with torch.autocast(self.device.type, enabled=False):  # differences of rewards are small: the head and the loss stay in fp32
-            return self.head(hidden[pack.last_token].float())[:, 0]
+            return self.head(hidden[pack.last_token].to(self.head[-1].weight.dtype))[:, 0]
 
     @torch.no_grad()
     def score(self, prompt, responses, images=()) -> list[float]:
@@ -594,7 +594,7 @@ def plain_rewards(model: RewardModel, comparisons: list[Encoded]) -> torch.Tenso
     with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
         hidden = model.backbone(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, **inputs).last_hidden_state
     last = torch.stack([p.last_token[0] for p in packs])
-    return model.head(hidden[torch.arange(len(rows), device=last.device), last].float())[:, 0]
+    return model.head(hidden[torch.arange(len(rows), device=last.device), last].to(model.head[-1].weight.dtype))[:, 0]
 
 
 def replace_responses(comparison: Encoded, response_ids: list[list[int]]) -> Encoded:
@@ -629,7 +629,8 @@ def tiny_backbone(directory, texts, seed=0, kind="qwen2_5_vl", vocab_size=512, w
 
     kind: "qwen2_5_vl", "qwen2_vl", or the text-only "qwen2" and "qwen3". The same classes as the 7B, four layers deep, 1.3M
     parameters: whatever loads this folder loads Qwen/Qwen2.5-VL-7B-Instruct. Trap: the initial weights must not be small. With
-    transformers' default of 0.02, far below 1/sqrt(width), such a model sits at log 2 for hundreds of steps.
+    transformers' default of 0.02, far below 1/sqrt(width), such a model sits at log 2 for hundreds of steps. Nor may rope_theta be
+    large: with the usual 10,000 the columns of an image of three by three tokens differ by an angle of 0.006, and left is right.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Config, Qwen2ForCausalLM
@@ -647,7 +648,7 @@ def tiny_backbone(directory, texts, seed=0, kind="qwen2_5_vl", vocab_size=512, w
     ids = {"eos_token_id": special.index(END), "bos_token_id": 0, "pad_token_id": 0}
     text = dict(vocab_size=vocab_size, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=4, num_attention_heads=4,
                 num_key_value_heads=2, max_position_embeddings=8192, initializer_range=0.08, **ids,
-                rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [width // 32, width // 32 * 3 // 2,
+                rope_parameters={"rope_type": "default", "rope_theta": 20.0, "mrope_section": [width // 32, width // 32 * 3 // 2,
                                                                                                  width // 32 * 3 // 2]})
     vision = dict(depth=2, num_heads=4, initializer_range=0.05)
     marks = dict(image_token_id=special.index(IMAGE_PAD), video_token_id=special.index(VIDEO_PAD),

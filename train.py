@@ -17,7 +17,7 @@ One step, whatever the number of ranks: its pairs are fixed by (seed, step) alon
 divided by their number, however they fall into packs, micro-steps and ranks.
 
 Where this differs from the paper, or where the paper is silent. Optimiser, schedule, epochs, weight decay, maximum length, resolution and
-whether the vision tower is trained are not given there. We take AdamW, 3% warm-up then cosine to zero, one epoch, no decay, 16,384 tokens
+whether the vision tower is trained are not given there. We take AdamW (0.9, 0.95), 5% warm-up then cosine to zero, one epoch, no decay, 16,384 tokens
 a comparison, Qwen's own 1280 tokens an image, and train everything. Rate and batch (3e-6, 128 pairs) are the paper's.
 """
 import contextlib
@@ -52,17 +52,17 @@ class Config:
     backbone: str = HfArg(default="tiny", help="'tiny' (made on the spot), a folder, or a hub id such as Qwen/Qwen2.5-VL-7B-Instruct")
     data: list[str] = HfArg(default_factory=list, help="data folders, with a weight if wanted: a b:2.0; none: drawn pictures (data.py)")
     eval_data: list[str] = HfArg(default_factory=list, help="data folders for the final accuracy; none: --eval_size rows of --data")
-    eval_size: int = HfArg(default=500, help="rows of --data kept out of training for the final accuracy, at most a tenth of them")
+    eval_size: int = HfArg(default=800, help="comparisons kept for the final accuracy: drawn anew, or rows of --data, at most a tenth of them")
     out: str = HfArg(default="runs/default", help="run folder; the final reward model lies in it")
     overwrite: bool = HfArg(default=False, help="delete what --out holds and start anew")
     resume: bool = HfArg(default=False, help="go on from the checkpoint in --out")
     seed: int = HfArg(default=0, help="of the head, of the order of the data, and of the tiny backbone and its pictures")
-    train_size: int = HfArg(default=5000, help="number of drawn comparisons, where --data is not given")
+    train_size: int = HfArg(default=14000, help="number of drawn comparisons, where --data is not given")
     batch_size: int | None = HfArg(default=None, help="pairs per optimiser step over all ranks; 128 (paper), 32 for tiny")
-    lr: float | None = HfArg(default=None, help="peak learning rate; 3e-6 (paper, section 4.1), 1e-3 for tiny")
+    lr: float | None = HfArg(default=None, help="peak learning rate; 3e-6 (paper, section 4.1), 6e-4 for tiny")
     epochs: float = HfArg(default=1.0, help="passes over the data (paper: not given)")
     max_steps: int | None = HfArg(default=None, help="stop after so many steps; the schedule ends there too")
-    warmup: float = HfArg(default=0.03, help="share of the steps in which the learning rate rises from 0 (paper: not given)")
+    warmup: float = HfArg(default=0.05, help="share of the steps in which the learning rate rises from 0 (paper: not given)")
     weight_decay: float = HfArg(default=0.0, help="AdamW's decoupled decay (paper: not given)")
     clip: float = HfArg(default=1.0, help="largest gradient norm (paper: not given)")
     head_layers: int = HfArg(default=2, help="linear layers of the reward head (Table 2: 2 is best)")
@@ -80,7 +80,7 @@ class Config:
 
     def resolved(self) -> "Config":
         """With the defaults that depend on the backbone filled in, and nonsense refused."""
-        own = (dict(lr=1e-3, batch_size=32, max_pixels=112 * 112, pack_tokens=1024) if self.backbone == "tiny" else
+        own = (dict(lr=6e-4, batch_size=32, max_pixels=112 * 112, pack_tokens=1024) if self.backbone == "tiny" else
                dict(lr=3e-6, batch_size=128, max_pixels=1280 * 28 * 28, pack_tokens=16384))
         cfg = replace(self, **{key: value for key, value in own.items() if getattr(self, key) is None})
         for name in ("batch_size", "lr", "epochs", "clip", "max_pixels", "pack_tokens"):
@@ -99,7 +99,7 @@ def open_data(cfg: Config) -> tuple[list, list, list[float]]:
     """(training sets, held-out comparisons, weight of each set). The embedded default is one set drawn with --seed."""
     if not cfg.data:
         train = synthetic(cfg.train_size, cfg.seed)
-        return [train], held_out(train), [1.0]
+        return [train], held_out(train, cfg.eval_size), [1.0]
     sets, weights = [], []
     for item in cfg.data:
         folder, colon, weight = item.rpartition(":")
@@ -298,12 +298,11 @@ def main(cfg: Config, world: World) -> int:
     if cfg.shard and world.world_size > 1:
         shard_model(raw_model, world)
     elif world.world_size > 1:
-        model = DistributedDataParallel(raw_model, device_ids=[world.local_rank] if world.device.type == "cuda" else None,
-                                        broadcast_buffers=False)
+        model = DistributedDataParallel(raw_model, device_ids=[world.local_rank] if world.device.type == "cuda" else None)
 
     # 4  Optimiser and resume
     trained = [p for p in raw_model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=world.device.type == "cuda")
+    optimizer = torch.optim.AdamW(trained, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=world.device.type == "cuda")
     state = {"step": 0, "pairs_seen": 0, "seconds": 0.0, "dropped": {}, "bad_gradients": 0, "bad_in_a_row": 0, "recent_loss": []}
     if cfg.resume and (out / "checkpoint.pt").exists():
         state |= load_checkpoint(out / "checkpoint.pt", model, optimizer, cfg)

@@ -39,7 +39,7 @@ def cfg(backbones, drawn, tmp_path):
 
 
 def torchrun(n, *arguments, **more):
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}", "--master_port=0", *map(str, arguments)]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}", "--standalone", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=170, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, **more)
 
 

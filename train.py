@@ -338,8 +338,9 @@ def main(cfg: Config, world: World) -> int:
             state["dropped"] = {key: state["dropped"].get(key, 0) + int(n) for key, n in zip(batch["dropped"], dropped)}
 
             # learning rate -> micro-steps -> clip -> step
+            lr = learning_rate(step, steps, cfg)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, cfg)
+                group["lr"] = lr
             sums = take_step(model, batch["packs"], filler, cfg, world, micro_steps, pairs_in_step) if pairs_in_step else [0.0] * 3
             norm = torch.nn.utils.clip_grad_norm_(trained, cfg.clip)
             norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # of the exchanged gradient: the same on all ranks
@@ -357,7 +358,7 @@ def main(cfg: Config, world: World) -> int:
             sums = world.gather([*sums, batch["tokens"]]).sum(dim=0).tolist()
             n, seconds = max(pairs_in_step, 1), time.time() - started
             row = {"step": step + 1, "loss": sums[0] / n, "accuracy": sums[1] / n, "margin": sums[2] / n, "grad_norm": norm,
-                   "lr": learning_rate(step, steps, cfg), "pairs": pairs_in_step, "tokens": int(sums[3]), "seconds": round(seconds, 3)}
+                   "lr": lr, "pairs": pairs_in_step, "tokens": int(sums[3]), "seconds": round(seconds, 3)}
             if pairs_in_step:
                 state["recent_loss"] = (state["recent_loss"] + [row["loss"]])[-50:]
             if cfg.eval_every and (step + 1) % cfg.eval_every == 0 and step + 1 < steps:

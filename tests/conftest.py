@@ -1,10 +1,12 @@
 """What the tests share: the scripts on the path, and one tiny reward model with random weights."""
+import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 

@@ -254,7 +254,7 @@ def test_bad_rows_stop_the_run_in_one_line_or_are_skipped_and_counted(cfg, drawn
     bad = replace(cfg, data=[str(tmp_path / "bad")], epochs=1, max_steps=None)
     assert main(bad, ALONE) == 1
     said = capsys.readouterr().err
-    assert said.startswith(f"train.py: {tmp_path}/bad/comparisons.jsonl:") and ("does not exist" in said or "malformed" in said)
+    assert f"\ntrain.py: {tmp_path}/bad/comparisons.jsonl:" in said and ("does not exist" in said or "malformed" in said)
     assert main(replace(bad, on_bad_row="skip", overwrite=True), ALONE) == 0
     summary = json.load(open(f"{cfg.out}/summary.json"))
     assert summary["dropped"]["bad row"] == 3 and summary["pairs_seen"] == sum(len(row["pairs"]) for i, row in enumerate(rows) if i not in (0, 2))

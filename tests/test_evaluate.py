@@ -14,6 +14,7 @@ import torch
 
 import benchmarks
 import evaluate
+import train
 from benchmarks import PUBLISHED, SECTIONS, footing, metrics, read_benchmark, share_prompts
 from conftest import ROOT
 from data import BadRow, synthetic, write_comparisons
@@ -204,6 +205,11 @@ def test_calibration_compares_the_probability_with_how_often_it_is_right():
 def test_images_removed_leaves_the_question_alone(tiny):
     c = remove_images(Comparison("<image>\nWhat is shown?", ["A bus.", "A cup."], images=[str(FIXTURES / "images/bus.png")]))
     assert c.prompt == [{"role": "user", "content": "What is shown?"}] and not len(encode(c, tiny.tokenizer, tiny.image_processor).image_grid_thw)
+
+
+def test_the_default_set_is_the_one_that_training_held_out():
+    defaults = train.Config()
+    assert (benchmarks.TRAIN_SIZE, benchmarks.EVAL_SIZE, 0) == (defaults.train_size, defaults.eval_size, defaults.seed)
 
 
 def test_threads_do_not_change_the_tokens(tiny):

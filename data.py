@@ -29,6 +29,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,6 +94,58 @@ def setup() -> World:
     return World(rank, local_rank, world_size, device)
 
 
+class StopSignal:
+    """Remembers SIGTERM or Ctrl-C until the step is done; a second one ends at once."""
+
+    def __init__(self):
+        self.number = 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.note)
+
+    def note(self, number, _frame):
+        self.number = number
+        signal.signal(number, signal.SIG_DFL)
+
+
+def claim_folder(out: Path, overwrite: bool, resume: bool, ours: str, leftover: tuple = ()) -> str:
+    """Makes a run folder ready, or says in one line why it will not: no run is overwritten by accident.
+
+    ours: a file that every run leaves; leftover: names that a run leaves behind which ended before there was anything to keep.
+    """
+    if overwrite and resume:
+        return "--overwrite and --resume contradict each other"
+    if out.exists() and not out.is_dir():
+        return f"--out {out} is a file; want a folder"
+    if overwrite and (out / ours).exists():
+        shutil.rmtree(out)
+    if not resume and out.is_dir() and {file.name for file in out.iterdir()} - set(leftover):
+        return f"{out} is not empty; add --resume to go on with an unfinished run, --overwrite to replace a run, or choose another --out"
+    out.mkdir(parents=True, exist_ok=True)
+    return ""
+
+
+def write_text(file: Path, text: str) -> None:
+    """Under a temporary name, then moved into place: a kill at any moment leaves the old file or the new one."""
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, file)
+
+
+def write_state(file: Path, state: dict) -> str:
+    """The same for a training state. Returns "" or, in one line, why it could not be written."""
+    partial = file.with_name(file.name + ".partial")
+    try:
+        with open(partial, "wb") as stream:
+            torch.save(state, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, file)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        partial.unlink(missing_ok=True)
+        return f"cannot write {file} ({' '.join(str(error).split())[:120]}); is the disk full? The one before is intact"
+    return ""
+
+
 # ---------------------------------------------------------------------------------------------------------------------------------
 # 2  Rows
 
@@ -108,7 +161,7 @@ def parse_row(row: dict, folder: Path, needs_responses: bool = True) -> Comparis
     ['Apple', 'Table']
     """
     if not isinstance(row, dict):
-        raise ValueError(f"found {type(row).__name__}, want a JSON object like {{\"prompt\": ..., \"responses\": [...], \"pairs\": [[0, 1]]}}")
+        raise ValueError(f"found {type(row).__name__}, want a JSON object with the keys prompt, responses, pairs")
     prompt = row.get("prompt")
     if "chosen" in row or "rejected" in row:
         prompt, responses = from_trl(row)
@@ -116,7 +169,7 @@ def parse_row(row: dict, folder: Path, needs_responses: bool = True) -> Comparis
     else:
         needed = ["prompt"] + ["responses", "pairs"] * needs_responses
         if missing := [key for key in needed if key not in row]:
-            raise ValueError(f"the keys {missing} are missing; found {sorted(row)}. Want prompt, responses, pairs, or TRL's prompt, chosen, rejected")
+            raise ValueError(f"the keys {missing} are missing; found {sorted(row)}. TRL's keys prompt, chosen, rejected will do as well")
         responses, pairs = row.get("responses") or [], row.get("pairs") or []
     if not isinstance(prompt, (str, list)) or not prompt:
         raise ValueError("the prompt must be a text or a list of chat messages, and not empty")
@@ -379,7 +432,8 @@ def synthetic_comparison(seed: int, i: int) -> Comparison:
         elif category == "position":
             prompt, responses = f"Where is the {shape}?", [place, *others(PLACES, place)]
         else:  # both right, one of the two right, none right
-            other_colour, other_place = (rng.choice([v for v in values if v != right]) for values, right in ((COLOURS, colour), (PLACES, place)))
+            other_colour = rng.choice([c for c in COLOURS if c != colour])
+            other_place = rng.choice([p for p in PLACES if p != place])
             responses = [f"{colour} {place}", f"{other_colour} {other_place}", f"{colour} {other_place}", f"{other_colour} {place}"]
             responses = [responses[0], *rng.sample(responses[1:], k - 1)]
             prompt = "Name colour and place."
@@ -393,7 +447,7 @@ def synthetic_comparison(seed: int, i: int) -> Comparison:
 
 
 def synthetic(n: int, seed: int = 0) -> list[Comparison]:
-    """n comparisons of coloured shapes: questions of colour, shape, count, position, all at once ("describe"), and some without an image."""
+    """n comparisons of coloured shapes: questions of colour, shape, count, position, two at once, and some without an image."""
     return [synthetic_comparison(seed, i) for i in range(n)]
 
 

@@ -30,7 +30,7 @@ import os
 import re
 import shutil
 import threading
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch

@@ -17,15 +17,13 @@ One step, whatever the number of ranks: its pairs are fixed by (seed, step) alon
 divided by their number, however they fall into packs, micro-steps and ranks.
 
 Where this differs from the paper, or where the paper is silent. Optimiser, schedule, epochs, weight decay, maximum length, resolution and
-whether the vision tower is trained are not given there. We take AdamW (0.9, 0.95), 5% warm-up then cosine to zero, one epoch, no decay, 16,384 tokens
-a comparison, Qwen's own 1280 tokens an image, and train everything. Rate and batch (3e-6, 128 pairs) are the paper's.
+whether the vision tower is trained are not given there. We take AdamW (0.9, 0.95), 5% warm-up then cosine to zero, one epoch, no decay,
+16,384 tokens a comparison, Qwen's own 1280 tokens an image, and train everything. Rate and batch (3e-6, 128 pairs) are the paper's.
 """
 import contextlib
 import json
 import math
 import os
-import shutil
-import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -40,11 +38,12 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
-from data import BadRow, Order, World, held_out, read_comparisons, setup, synthetic
+from data import (BadRow, Order, StopSignal, World, claim_folder, held_out, read_comparisons, setup, synthetic, write_state, write_text)
 from evaluate import accuracy, draw_curves, score_all, shuffle_images
 from model import Comparison, RewardModel, encode, fill_packs, pack, pairwise_loss, tiny_backbone
 
 LOG2 = math.log(2)  # the loss of a model that knows nothing
+LEFTOVER = ("metrics.jsonl", "tiny_backbone", "checkpoint.pt.partial")  # of a run that ended before its first checkpoint
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class Config:
     backbone: str = HfArg(default="tiny", help="'tiny' (made on the spot), a folder, or a hub id such as Qwen/Qwen2.5-VL-7B-Instruct")
     data: list[str] = HfArg(default_factory=list, help="data folders, with a weight if wanted: a b:2.0; none: drawn pictures (data.py)")
     eval_data: list[str] = HfArg(default_factory=list, help="data folders for the final accuracy; none: --eval_size rows of --data")
-    eval_size: int = HfArg(default=800, help="comparisons kept for the final accuracy: drawn anew, or rows of --data, at most a tenth of them")
+    eval_size: int = HfArg(default=800, help="comparisons for the final accuracy: drawn anew, or at most a tenth of --data")
     out: str = HfArg(default="runs/default", help="run folder; the final reward model lies in it")
     overwrite: bool = HfArg(default=False, help="delete what --out holds and start anew")
     resume: bool = HfArg(default=False, help="go on from the checkpoint in --out")
@@ -143,18 +142,9 @@ def save_checkpoint(out: Path, model, optimizer, world: World, state: dict) -> N
     Gathering is done by all ranks, writing by the first; a failed write is an OSError on all of them.
     """
     full = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = state | {"model": get_model_state_dict(model, options=full), "optimizer": get_optimizer_state_dict(model, optimizer, options=full)}
-    failure, partial = "", out / "checkpoint.pt.partial"
-    if world.rank == 0:
-        try:
-            with open(partial, "wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, out / "checkpoint.pt")
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-            partial.unlink(missing_ok=True)
-            failure = f"cannot write {out}/checkpoint.pt ({' '.join(str(error).split())[:120]}); is the disk full? The one before is intact"
+    state = state | {"model": get_model_state_dict(model, options=full),
+                     "optimizer": get_optimizer_state_dict(model, optimizer, options=full)}
+    failure = write_state(out / "checkpoint.pt", state) if world.rank == 0 else ""
     if failure := next(filter(None, world.gather_objects(failure)), ""):
         raise OSError(failure)
 
@@ -164,7 +154,8 @@ def load_checkpoint(file: Path, model, optimizer, cfg: Config) -> dict:
     state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     free = {"out", "overwrite", "resume", "eval_data", "eval_every", "save_every", "gradient_checkpointing", "shard", "on_bad_row"}
     now = asdict(cfg)
-    if changed := [f"{key} was {old!r}, is {now.get(key)!r}" for key, old in state["config"].items() if key not in free and now.get(key) != old]:
+    old = {key: value for key, value in state["config"].items() if key not in free}
+    if changed := [f"{key} was {value!r}, is {now.get(key)!r}" for key, value in old.items() if now.get(key) != value]:
         raise ValueError(f"{file} belongs to another run: {'; '.join(changed)}. Use the same flags, or another --out")
     try:
         full = StateDictOptions(full_state_dict=True)
@@ -191,8 +182,9 @@ def learning_rate(step: int, steps: int, cfg: Config) -> float:
     return cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(steps - rise, 1)))
 
 
-def load_step(step: int, order: Order, sets: list, model: RewardModel, cfg: Config, world: World, threads: ThreadPoolExecutor) -> dict:
-    """This rank's share of a step, read and encoded on threads: {"packs", "pairs", "tokens", "dropped": {reason: count}, "bad": message}."""
+def load_step(step: int, order: Order, sets: list, model: RewardModel, cfg: Config, world: World, threads) -> dict:
+    """This rank's share of a step, read and encoded on threads: its packs, how many pairs and tokens they hold, what was dropped by
+    reason, and the first bad row's message."""
 
     def encode_row(name):
         rows, i = sets[name[0]], name[1]
@@ -241,26 +233,13 @@ def take_step(model, packs: list, filler, cfg: Config, world: World, micro_steps
 def shard_model(model: RewardModel, world: World) -> None:
     """FSDP2: every rank keeps 1/world_size of each layer's weights, gradients and moments and gathers a layer when it is needed."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if world.device.type == "cuda" else MixedPrecisionPolicy()
+    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if world.device.type == "cuda" else None, reduce_dtype=torch.float32)
     backbone = model.backbone
     decoder = getattr(backbone, "language_model", backbone)
     for layer in [*decoder.layers, *(backbone.visual.blocks if hasattr(backbone, "visual") else ())]:
         fully_shard(layer, mp_policy=half)
     fully_shard(model.head)  # fp32, as everywhere
     fully_shard(model, mp_policy=half)
-
-
-class StopSignal:
-    """Remembers SIGTERM or Ctrl-C until the step is done; a second Ctrl-C ends at once."""
-
-    def __init__(self):
-        self.number = 0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.note)
-
-    def note(self, number, _frame):
-        self.number = number
-        signal.signal(number, signal.SIG_DFL)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -271,7 +250,10 @@ def main(cfg: Config, world: World) -> int:
     out, begun, first = Path(cfg.out), time.time(), world.rank == 0
     say = (lambda *text: tqdm.write(" ".join(map(str, text)))) if first else (lambda *text: None)
     stop = StopSignal()
-    if problem := next(filter(None, world.gather_objects(claim_folder(cfg) if first else "")), ""):
+    problem = claim_folder(out, cfg.overwrite, cfg.resume, "metrics.jsonl", LEFTOVER) if first else ""
+    if first and cfg.resume and (out / "summary.json").exists():
+        problem = problem or f"{out} holds a finished run: nothing to resume. Start another with a new --out, or with --overwrite"
+    if problem := next(filter(None, world.gather_objects(problem)), ""):
         raise ValueError(problem)
     torch.manual_seed(cfg.seed)
 
@@ -311,14 +293,15 @@ def main(cfg: Config, world: World) -> int:
         say(f"{out} holds no checkpoint yet: starting from the beginning")
     state["config"] = asdict(cfg)
     metrics = keep_metrics(out / "metrics.jsonl", state["step"]) if first else None
-    say(f"{json.dumps(asdict(cfg))}\n{parameters:,} parameters · {sum(map(len, sets)):,} comparisons to train on, {len(held)} held out · {steps} steps of about "
-        f"{cfg.batch_size} pairs over {world.world_size} rank{'s' * (world.world_size > 1)} · lr {cfg.lr:g} · log 2 is {LOG2:.3f}")
+    say(f"{json.dumps(asdict(cfg))}\n{parameters:,} parameters · {sum(map(len, sets)):,} comparisons to train on, {len(held)} held out · "
+        f"{steps} steps of about {cfg.batch_size} pairs over {world.world_size} rank{'s' * (world.world_size > 1)} · lr {cfg.lr:g} · "
+        f"log 2 is {LOG2:.3f}")
 
     # 5  The loop
     threads, ahead = ThreadPoolExecutor(), ThreadPoolExecutor(1)  # `ahead` reads the next step while this one computes
     arguments = (order, sets, raw_model, cfg, world, threads)
     filler = pack([Comparison("?", ["a", "b"], [(0, 1)])], raw_model.tokenizer)
-    bar = tqdm(total=steps, initial=state["step"], disable=not first, dynamic_ncols=True, desc="train")
+    bar = tqdm(total=steps, initial=state["step"], disable=not first, dynamic_ncols=True, mininterval=0.5, desc="train")
     pending, reason, code = ahead.submit(load_step, state["step"], *arguments), "", 0
     try:
         while state["step"] < steps:
@@ -326,7 +309,8 @@ def main(cfg: Config, world: World) -> int:
             batch = pending.result()
             pending = ahead.submit(load_step, step + 1, *arguments)
             # What every rank must agree on: pairs, micro-steps, whether somebody was told to stop or met a bad row.
-            shared = world.gather([batch["pairs"], len(batch["packs"]), stop.number, bool(batch["bad"]) and cfg.on_bad_row == "stop"])
+            bad = bool(batch["bad"]) and cfg.on_bad_row == "stop"
+            shared = world.gather([batch["pairs"], len(batch["packs"]), stop.number, bad])
             pairs_in_step, micro_steps = int(shared[:, 0].sum()), int(shared[:, 1].max())
             if shared[:, 3].any():
                 reason, code = next(filter(None, world.gather_objects(batch["bad"]))), 1
@@ -363,18 +347,20 @@ def main(cfg: Config, world: World) -> int:
                 state["recent_loss"] = (state["recent_loss"] + [row["loss"]])[-50:]
             if cfg.eval_every and (step + 1) % cfg.eval_every == 0 and step + 1 < steps:
                 some = held[:100]
-                row["eval_accuracy"] = accuracy(some, score_all(raw_model.eval(), some, world, cfg.pack_tokens, on_bad_row=cfg.on_bad_row))
+                rewards = score_all(raw_model.eval(), some, world, cfg.pack_tokens, on_bad_row=cfg.on_bad_row)
+                row["eval_accuracy"] = accuracy(some, rewards)
                 raw_model.train()
                 say(f"step {step + 1}: accuracy {row['eval_accuracy']:.3f} on {len(some)} held-out comparisons")
             if first:
                 metrics.write(json.dumps(row) + "\n")
                 metrics.flush()
-                bar.set_postfix_str(f"loss {row['loss']:.3f} (log 2 {LOG2:.3f}) acc {row['accuracy']:.2f} margin {row['margin']:.2f} norm {norm:.1f} lr "
-                                    f"{row['lr']:.1e} {n / seconds:.0f} pairs/s {row['tokens'] / seconds:.0f} tok/s {memory(world):.1f} GB")
+                bar.set_postfix_str(f"loss {row['loss']:.3f} (log 2 {LOG2:.3f}) acc {row['accuracy']:.2f} margin {row['margin']:.2f} "
+                                    f"norm {norm:.1f} lr {lr:.1e} {n / seconds:.0f} pairs/s {row['tokens'] / seconds:.0f} tok/s "
+                                    f"{memory(world):.1f} GB", refresh=False)
                 bar.update()
             if state["bad_in_a_row"] == 10:
-                reason, code = ("ten steps in a row had a gradient that is not finite; look at metrics.jsonl for where the loss rose, then lower "
-                                "--lr or raise --warmup"), 1
+                reason, code = ("ten steps in a row had a gradient that is not finite; look at metrics.jsonl for where the loss rose, "
+                                "then lower --lr or raise --warmup"), 1
                 break
             if cfg.save_every and (step + 1) % cfg.save_every == 0 and step + 1 < steps:
                 save_checkpoint(out, model, optimizer, world, state | {"seconds": state["seconds"] + time.time() - begun})
@@ -392,14 +378,15 @@ def main(cfg: Config, world: World) -> int:
 
     # 6  Final report
     state["seconds"] += time.time() - begun
-    full = get_model_state_dict(raw_model if model is raw_model else model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    full = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if first:
         raw_model.save_pretrained(out, full)
     world.barrier()
     raw_model.eval()
     rewards = score_all(raw_model, held, world, cfg.pack_tokens, "held-out", cfg.on_bad_row)
     shuffled = shuffle_images(held, cfg.seed)
-    blind = accuracy(shuffled, score_all(raw_model, shuffled, world, cfg.pack_tokens, "images shuffled", cfg.on_bad_row)) if shuffled else None
+    blind = score_all(raw_model, shuffled, world, cfg.pack_tokens, "images shuffled", cfg.on_bad_row)
+    blind = accuracy(shuffled, blind) if shuffled else None
     by_category = accuracy(held, rewards, by_category=True)
     summary = {"accuracy": accuracy(held, rewards), "accuracy_by_category": {name: a for name, (a, _) in by_category.items()},
                "accuracy_images_shuffled": blind, "n": sum(n for _, n in by_category.values()),
@@ -411,50 +398,29 @@ def main(cfg: Config, world: World) -> int:
         return 0
     metrics.close()
     write_curve(out)
-    (out / "summary.json.partial").write_text(json.dumps(summary, indent=1) + "\n")
-    os.replace(out / "summary.json.partial", out / "summary.json")
+    write_text(out / "summary.json", json.dumps(summary, indent=1) + "\n")
     (out / "checkpoint.pt").unlink(missing_ok=True)
-    print(f"\nheld-out accuracy {summary['accuracy']:.3f} on {summary['n']} pairs of {len(held)} comparisons, after {summary['pairs_seen']} pairs "
-          f"in {summary['seconds']:.0f} s")
+    print(f"\nheld-out accuracy {summary['accuracy']:.3f} on {summary['n']} pairs of {len(held)} comparisons, "
+          f"after {summary['pairs_seen']} pairs in {summary['seconds']:.0f} s")
     for name, (value, n) in by_category.items():
         print(f"  {name:<12} {value:.3f}  n {n}")
     if blind is not None:
         print(f"  with the images shuffled among the prompts: {blind:.3f} (a model that looks falls to one half)")
     if any(state["dropped"].values()) or state["bad_gradients"]:
         print(f"  dropped comparisons {state['dropped']}, steps skipped for a gradient that is not finite {state['bad_gradients']}")
-    print(f"the reward model, summary.json and curve.svg are in {out}. Next:\n  python evaluate.py --model {out}\n  python rl_demo.py --reward_model {out}")
+    print(f"the reward model, summary.json and curve.svg are in {out}. Next:\n  python evaluate.py --model {out}\n"
+          f"  python rl_demo.py --reward_model {out}")
     if len(state["recent_loss"]) == 50 and summary["final_loss"] > 0.98 * LOG2:
-        print(f"the loss never left log 2 (last 50 steps: {summary['final_loss']:.3f}): the model has learnt nothing. Look at the data with "
-              f"`python data.py show FOLDER` (are winner and loser swapped at random?), then at --lr", file=sys.stderr)
+        print(f"the loss never left log 2 (last 50 steps: {summary['final_loss']:.3f}): the model has learnt nothing. Look at the data "
+              f"with `python data.py show FOLDER` (are winner and loser swapped?), then at --lr", file=sys.stderr)
         return 1
     return 0
-
-
-def claim_folder(cfg: Config) -> str:
-    """Makes --out ready, or says in one line why it will not: no run is overwritten by accident."""
-    out = Path(cfg.out)
-    if cfg.overwrite and cfg.resume:
-        return "--overwrite and --resume contradict each other"
-    if out.exists() and not out.is_dir():
-        return f"--out {out} is a file; want a folder"
-    if cfg.resume and (out / "summary.json").exists():
-        return f"{out} holds a finished run: nothing to resume. Start another with a new --out, or with --overwrite"
-    ours = ("metrics.jsonl", "checkpoint.pt", "summary.json")
-    if cfg.overwrite and any((out / name).exists() for name in ours):
-        shutil.rmtree(out)
-    leftover = {"metrics.jsonl", "tiny_backbone", "checkpoint.pt.partial"}  # of a run that ended before its first checkpoint
-    if not cfg.resume and out.is_dir() and {file.name for file in out.iterdir()} - leftover:
-        return f"{out} is not empty; add --resume to go on with an unfinished run, --overwrite to replace a run, or choose another --out"
-    out.mkdir(parents=True, exist_ok=True)
-    return ""
 
 
 def keep_metrics(file: Path, step: int):
     """The log opened for appending, without rows of steps after the checkpoint, which will be taken again."""
     rows = file.read_text().splitlines() if file.exists() else []
-    partial = file.with_suffix(".partial")
-    partial.write_text("".join(row + "\n" for row in rows if row.endswith("}") and json.loads(row)["step"] <= step))
-    os.replace(partial, file)
+    write_text(file, "".join(row + "\n" for row in rows if row.endswith("}") and json.loads(row)["step"] <= step))
     return open(file, "a")
 
 

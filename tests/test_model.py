@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 import model as m
-from model import Comparison, RewardModel, branch_mask, encode, fill_packs, hidden_states, mrope_positions, pack, pairwise_loss, plain_rewards
+from model import Comparison, RewardModel, branch_mask, encode, fill_packs, mrope_positions, pack, pairwise_loss, plain_rewards
 
 
 def picture(colour="red", size=(112, 112)):

@@ -17,8 +17,8 @@ import evaluate
 import train
 from benchmarks import PUBLISHED, SECTIONS, footing, metrics, read_benchmark, share_prompts
 from conftest import ROOT
-from data import BadRow, synthetic, write_comparisons
-from evaluate import Config, bootstrap, calibration, figures, length_bias, main, participants, ranks, remove_images, summarise, tables, weigh
+from data import BadRow, World, synthetic, write_comparisons
+from evaluate import Config, bootstrap, calibration, figures, length_bias, main, participants, ranks, remove_images, score_all, summarise, tables, weigh
 from model import Comparison, RewardModel, encode
 
 FIXTURES = Path(__file__).parent / "fixtures" / "benchmarks"
@@ -186,9 +186,10 @@ def test_the_interval_is_over_prompts_not_over_pairs():
 def test_length_bias_tells_words_from_worth():
     """Rewards equal to the logarithm of length: correlation 1, and the longer response always wins. People chose it in 1 of 2 pairs.
 
-    Of the three pairs one is length-matched (10 and 10 characters), and its rewards tie: 0 right of 1.
+    Of the three pairs one is length-matched (10 and 10 characters), and its rewards tie: 0 right of 1. What a prompt adds to all its
+    rewards (here 100 times its number) says nothing.
     """
-    rows = [{"category": "", "prompt": i, "pairs": [[0, 1]], "length": length, "rewards": torch.tensor(length).double().log1p().tolist()}
+    rows = [{"category": "", "prompt": i, "pairs": [[0, 1]], "length": length, "rewards": (torch.tensor(length).double().log1p() + 100 * i).tolist()}
             for i, length in enumerate(([10, 20], [30, 5], [10, 10]))]
     found = {name: round(f["value"], 6) for name, f in length_bias(rows).items()}
     assert found == {"length-matched pairs": 0, "people chose the longer": 50, "the model chose the longer": 100,
@@ -196,10 +197,10 @@ def test_length_bias_tells_words_from_worth():
 
 
 def test_calibration_compares_the_probability_with_how_often_it_is_right():
-    """margin 3: sigmoid 0.953; margin -0.1: the model is 0.525 sure of the wrong one; margin 0.3: 0.574."""
-    rows = [{"category": "", "prompt": i, "pairs": [[0, 1]], "rewards": [margin, 0.0]} for i, margin in enumerate((3.0, -0.1, 0.3, 3.0))]
+    """margin 3: sigmoid 0.953; margin -0.1: the model is 0.525 sure of the wrong one; margin 0.3: 0.574; -2: 0.881 and wrong."""
+    rows = [{"category": "", "prompt": i, "pairs": [[0, 1]], "rewards": [margin, 0.0]} for i, margin in enumerate((3.0, -0.1, 0.3, 3.0, -2.0))]
     found = {name[-10:]: (f["value"], f["n"]) for name, f in calibration(rows).items()}
-    assert found == {"0.5 to 0.6": (50, 2), "0.9 to 1.0": (100, 2)}
+    assert found == {"0.5 to 0.6": (50, 2), "0.8 to 0.9": (0, 1), "0.9 to 1.0": (100, 2)}
 
 
 def test_images_removed_leaves_the_question_alone(tiny):
@@ -318,6 +319,17 @@ def test_an_interrupted_evaluation_goes_on_and_gives_the_same_predictions(models
     _, again = run(**settings)
     assert 0 < len(packs) < whole and not (tmp_path / ".partial").exists()
     assert again == without_stop
+
+
+def test_the_journal_survives_a_line_cut_short(tiny, tmp_path, monkeypatch):
+    """A killed run leaves half a line. What is written after it must be readable: the second call has nothing left to score."""
+    monkeypatch.setattr(evaluate, "CHUNK", 2)
+    comparisons = [Comparison(f"Box {i}?", ["red", "blue"], [(0, 1)]) for i in range(5)]
+    alone = World(0, 0, 1, torch.device("cpu"))
+    (tmp_path / "journal.0").write_text("\n[0, [[0.1")
+    first = score_all(tiny, comparisons, alone, journal=tmp_path / "journal")
+    monkeypatch.setattr(RewardModel, "forward", None)
+    assert score_all(tiny, comparisons, alone, journal=tmp_path / "journal") == first
 
 
 def test_two_ranks_give_the_predictions_of_one(scored, models, folder, tmp_path):

@@ -1,58 +1,110 @@
-"""Scores comparisons with a reward model and tells how often it agrees with people, and where it does not."""
+"""Scores a reward model as the papers do, and shows where it fails (BaseReward, arXiv 2509.16127, section 5).
+
+    python evaluate.py --model runs/default                           drawn pictures the model has never seen
+    python evaluate.py --model DIR --benchmark vl-rewardbench --data MMInstruction/VL-RewardBench      (a hub id, a folder or a file)
+    python evaluate.py --model DIR --benchmark multimodal-rewardbench --data FOLDER      all_data.json and images/
+    python evaluate.py --model DIR --benchmark mm-rlhf-rewardbench --data FOLDER         mm_reward_bench.jsonl, images/ and video/
+    python evaluate.py --model DIR --benchmark rewardbench --data allenai/reward-bench [allenai/pref-test-sets]
+    python evaluate.py --model DIR --benchmark rm-bench --data FOLDER                    total_dataset.json
+    python evaluate.py --model DIR --data FOLDER                                         your own comparisons (format: data.py)
+    python evaluate.py --model DIR OTHER --ensemble accuracy --validation FOLDER ...     several models as one (section 4.7)
+    python evaluate.py --rescore DIR/evaluation/NAME/predictions.jsonl                   every table again, without a model
+    torchrun --nproc_per_node 8 evaluate.py ...                       the same result, whatever the number of ranks
+
+It leaves in --out: predictions.jsonl (every reward), summary.json, table.md (to paste), report.html (the worst mistakes, with pictures).
+A run that was stopped goes on where it was when the same command is given again.
+
+Which published rows a score may be laid beside, and why not all: benchmarks.py.
+"""
+import base64
+import hashlib
+import html
+import io
+import json
+import math
 import os
 import random
+import shlex
+import shutil
+import string
+import subprocess
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import transformers
 from tqdm import tqdm
+from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg
 
-from data import BadRow, World
-from model import RewardModel, encode, fill_packs, pack
+from benchmarks import BENCHMARKS, PUBLISHED, footing, metrics, read_benchmark, share_prompts, tally
+from data import BadRow, World, setup
+from model import (MARK, Comparison, RewardModel, encode, ensemble_weights, fill_packs, is_video, open_frames, open_image, pack,
+                   to_messages)
 
 # ---------------------------------------------------------------------------------------------------------------------------------
-# Rewards
+# 1  Rewards
+
+CHUNK = 64  # comparisons that are encoded together, go to one rank, and are kept together when a run is interrupted
 
 
 @torch.no_grad()
-def score_all(model: RewardModel, comparisons, world: World, pack_tokens: int = 16384, bar: str = "", on_bad_row: str = "stop") -> list:
+def score_all(model: RewardModel, comparisons, world: World, pack_tokens: int = 16384, bar: str = "", on_bad_row: str = "stop",
+              journal: Path | None = None) -> list:
     """Rewards of every response of every comparison, in their order and on every rank: one list of K floats for each.
 
-    Rank r scores every world_size-th comparison from the r-th on. Comparisons are encoded on threads, laid into packs of similar fill and
-    scored one pack at a time, each prompt once for all its responses. A comparison that cannot be encoded stops the run (BadRow), or with
-    on_bad_row "skip" gets None. One longer than `pack_tokens` is a pack of its own.
+    The work is cut into chunks, and a chunk's packs depend on nothing else: in bf16 the last digits of a reward feel the pack it is in,
+    and this way neither the number of ranks nor an interruption changes them. A comparison that cannot be encoded stops the run
+    (BadRow), or with on_bad_row "skip" gets None. One longer than `pack_tokens` is a pack of its own. The chunks that are done are
+    kept in `journal` (one file a rank), and a later call starts from them.
     """
-    mine, rewards = list(range(world.rank, len(comparisons), world.world_size)), {}
-    problem = ""
+    chunks = [range(at, min(at + CHUNK, len(comparisons))) for at in range(0, len(comparisons), CHUNK)]
+    done = {}
+    for file in journal.parent.glob(f"{journal.name}.*") if journal else ():
+        for line in file.read_text().splitlines():
+            try:
+                c, values = json.loads(line)
+                done[c] = values
+            except ValueError:  # what a killed run left half written
+                pass
+    done = world.gather_objects(done)[0]  # one rank's view, so that all share out the same rest
+    mine, rewards, problem = [c for c in range(len(chunks)) if c not in done][world.rank::world.world_size], {}, ""
+    name_row = getattr(comparisons, "bad_row", lambda i, what: BadRow(f"comparison {i + 1}: {what}"))
 
     def encode_row(i):
         try:
             return encode(comparisons[i], model.tokenizer, model.image_processor)
         except ValueError as error:
-            return error if isinstance(error, BadRow) else BadRow(f"comparison {i + 1}: {error}")
+            return error if isinstance(error, BadRow) else name_row(i, error)
 
-    with ThreadPoolExecutor() as threads, tqdm(total=len(mine), desc=bar, disable=not bar or world.rank > 0, leave=False) as progress:
-        for at in range(0, len(mine), 256):
-            part = mine[at:at + 256]
-            encoded = list(threads.map(encode_row, part))
-            bad = [e for e in encoded if isinstance(e, BadRow)]
-            if bad and on_bad_row == "stop":
+    with ThreadPoolExecutor() as threads, tqdm(total=sum(len(chunks[c]) for c in mine), desc=bar, disable=not bar or world.rank > 0,
+                                               leave=False) as progress:
+        ahead = [threads.map(encode_row, chunks[c]) for c in mine[:1]]  # the next chunk is encoded while this one is scored
+        for number, c in enumerate(mine):
+            encoded = list(ahead.pop())
+            ahead += [threads.map(encode_row, chunks[after]) for after in mine[number + 1:number + 2]]
+            if on_bad_row == "stop" and (bad := [e for e in encoded if isinstance(e, BadRow)]):
                 problem = str(bad[0])
                 break
-            rewards |= {i: None for i, e in zip(part, encoded) if isinstance(e, BadRow)}
-            good = [(i, e) for i, e in zip(part, encoded) if not isinstance(e, BadRow)]
-            for members in fill_packs([e.tokens for _, e in good], pack_tokens):
-                values = model(pack([good[m][1] for m in members]).to(model.device)).tolist()
+            rewards[c], good = [None] * len(encoded), [i for i, e in enumerate(encoded) if not isinstance(e, BadRow)]
+            for members in fill_packs([encoded[i].tokens for i in good], pack_tokens):
+                values = model(pack([encoded[good[m]] for m in members]).to(model.device)).tolist()
                 for m in members:
-                    k = len(good[m][1].response_ids)
-                    rewards[good[m][0]], values = values[:k], values[k:]
-            progress.update(len(part))
+                    k = len(encoded[good[m]].response_ids)
+                    rewards[c][good[m]], values = values[:k], values[k:]
+            if journal:
+                with open(f"{journal}.{world.rank}", "a") as file:
+                    file.write("\n" + json.dumps([c, rewards[c]]))  # the break comes first, to end a line left half written
+            progress.update(len(encoded))
     gathered = world.gather_objects((rewards, problem))  # every rank comes here, also the one that met a bad row
     if problems := [p for _, p in gathered if p]:
         raise BadRow(problems[0])
-    together = {i: r for part, _ in gathered for i, r in part.items()}
-    return [together[i] for i in range(len(comparisons))]
+    for part, _ in gathered:
+        done |= part
+    return [values for c in range(len(chunks)) for values in done[c]]
 
 
 def accuracy(comparisons, rewards, by_category: bool = False):
@@ -68,7 +120,7 @@ def accuracy(comparisons, rewards, by_category: bool = False):
 
 
 def shuffle_images(comparisons, seed: int = 0) -> list:
-    """The comparisons that have images, with the images of another: a model that looks falls to chance on them, one that does not, does not.
+    """The comparisons that have images, with the images of another: on them a model that looks falls to chance.
 
     Images move only between prompts with the same number of images, and no prompt keeps its own as long as there are two of a kind.
     """
@@ -84,8 +136,359 @@ def shuffle_images(comparisons, seed: int = 0) -> list:
     return out
 
 
+def remove_images(comparison: Comparison) -> Comparison:
+    messages = to_messages(comparison.prompt, list(comparison.images))
+    return replace(comparison, images=[], prompt=[m | {"content": MARK.sub("", m["content"]).lstrip("\n")} for m in messages])
+
+
 # ---------------------------------------------------------------------------------------------------------------------------------
-# Curves
+# 2  Figures with their intervals
+
+
+def bootstrap(sums: torch.Tensor, statistic, draws: int = 1000) -> list[list[float]]:
+    """[value, low, high] of every number that `statistic` makes of the column sums, with the middle 95% over prompts drawn anew.
+
+    sums (prompts, columns). Prompts are drawn, not pairs: the pairs of one prompt tend to be right or wrong together.
+    """
+    generator, drawn, block = torch.Generator().manual_seed(0), [], 50  # in blocks: 1,000 small products would cost more
+    for _ in range(draws // block):
+        prompts = torch.randint(len(sums), (block, len(sums)), generator=generator)
+        counts = torch.zeros(block, len(sums)).double().scatter_add_(1, prompts, torch.ones(prompts.shape).double())
+        drawn.append(statistic(counts @ sums))  # (block, columns) -> (block, numbers)
+    bounds = torch.nanquantile(torch.cat(drawn), torch.tensor([0.025, 0.975]).double(), dim=0)  # nan: a group was not drawn at all
+    return torch.cat([statistic(sums.sum(dim=0)[None]), bounds]).T.tolist()
+
+
+def figures(cells: dict, wanted: dict) -> dict:
+    """{figure: {"value", "low", "high" in percent, "n"}}; a figure is left out when one of its groups was not run."""
+    wanted = {name: weights for name, weights in wanted.items() if weights.keys() <= cells.keys()}
+    column = {group: c for c, group in enumerate(cells)}
+    line = {prompt: i for i, prompt in enumerate(sorted({prompt for cell in cells.values() for prompt in cell}))}
+    sums, weight = torch.zeros(len(line), 2, len(cells)).double(), torch.zeros(len(wanted), len(cells)).double()
+    for group, cell in cells.items():
+        for prompt, counts in cell.items():
+            sums[line[prompt], :, column[group]] = torch.tensor(counts).double()
+    for f, weights in enumerate(wanted.values()):
+        for group, w in weights.items():
+            weight[f, column[group]] = w / sum(weights.values())
+
+    def statistic(total):
+        share = total[:, :len(cells)] / total[:, len(cells):]
+        return torch.where(weight > 0, 100 * weight * share[:, None], 0).sum(dim=2)
+
+    found = bootstrap(sums.flatten(1), statistic) if wanted else []
+    return {name: {"value": value, "low": low, "high": high, "n": sum(n for group in weights for _, n in cells[group].values())}
+            for (name, weights), (value, low, high) in zip(wanted.items(), found)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# 3  Beyond accuracy: does it look, does it count words, is it as often right as it says
+
+
+def looking(rows) -> dict:
+    """Accuracy on rows with images: as they are, without them, with those of another prompt. Alike in all three: it never looked."""
+    names = {"images as they are": "rewards", "images removed": "removed", "images shuffled": "shuffled"}
+    cells = tally([row | {"rewards": row[key], "category": name} for row in rows if row.get("shuffled") for name, key in names.items()])
+    return figures(cells, {name: {name: 1} for name in cells})
+
+
+def length_bias(rows) -> dict:
+    """Accuracy where length cannot help, the share of pairs whose longer response people and the model chose, and a correlation.
+
+    Lengths are in characters; matched are those within 10%. The correlation is within rows: of reward and log(1 + length), each less
+    its mean over the row's responses, since only differences within a row mean something.
+    """
+    def groups(row, p):
+        w, l = (row["length"][i] for i in row["pairs"][p])
+        return ("length-matched pairs",) if abs(w - l) <= 0.1 * max(w, l) else ()
+
+    def prefers_longer(who):  # as if length were the preference, or the reward
+        parts = [row | {"category": f"{who} chose the longer",
+                        "pairs": [p for p in row["pairs"] if len({row["length"][i] for i in p}) == 2]} for row in rows]
+        return [row | {"rewards": row["length"]} if who == "people" else
+                row | {"pairs": [sorted(p, key=lambda i: -row["length"][i]) for p in row["pairs"]]} for row in parts]
+
+    cells = tally(rows, groups) | tally(prefers_longer("people") + prefers_longer("the model"))
+    sums = {}
+    for row in rows:
+        r, l = torch.tensor(row["rewards"]).double(), torch.tensor(row["length"]).double().log1p()
+        r, l = r - r.mean(), l - l.mean()
+        sums[row["prompt"]] = sums.get(row["prompt"], 0) + torch.stack([r @ l, r @ r, l @ l])
+    ((value, low, high),) = bootstrap(torch.stack(list(sums.values())), lambda s: s[:, :1] / (s[:, 1:2] * s[:, 2:]).sqrt())
+    found = figures(cells, {name: {name: 1} for name in cells})
+    if value == value:  # not 0/0: some row has responses of different lengths and rewards
+        found["correlation of reward and length"] = {"value": value, "low": low, "high": high, "n": sum(len(row["rewards"]) for row in rows)}
+    return found
+
+
+def calibration(rows, bins: int = 5) -> dict:
+    """How often the response with the higher reward is the chosen one, by the probability sigmoid(|margin|) that the model gives it."""
+    def groups(row, p):
+        w, l = (row["rewards"][i] for i in row["pairs"][p])
+        b = min(int((1 / (1 + math.exp(-abs(w - l))) - 0.5) * 2 * bins), bins - 1)
+        return (f"right where sigmoid(margin) is {0.5 + b / bins / 2:.1f} to {0.5 + (b + 1) / bins / 2:.1f}",)
+
+    cells = tally(rows, groups)
+    return figures(cells, {name: {name: 1} for name in sorted(cells)})
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# 4  One model, or several as one (section 4.7)
+
+
+def can_see(directory: str) -> bool:
+    for name in ("reward_config.json", "config.json"):
+        if not (Path(directory) / name).is_file():
+            raise BadRow(f"--model {directory} is not a saved reward model: it has no {name}. Give the --out folder of train.py")
+    return "vision_config" in json.loads((Path(directory) / "config.json").read_text())
+
+
+def participants(sees: list[bool], has_images: bool, route: bool) -> list[int]:
+    """Members that score a prompt: with images those that see; without, all, or with `route` the text-only ones alone (section 4.5)."""
+    return [m for m, s in enumerate(sees) if (s if has_images else not (route and s))]
+
+
+def weigh(rule: str, members: list[int], held: list[dict], validation: list) -> dict:
+    """{member: weight} for one kind of prompt, from the validation pairs all its members can read. held: {member: rewards} of each row."""
+    common = [(rewards, c.pairs) for rewards, c in zip(held, validation) if all(rewards.get(m) for m in members)]
+    margins = [[rewards[m][w] - rewards[m][l] for rewards, pairs in common for w, l in pairs] for m in members]
+    if len(members) < 2 or rule == "average":
+        rule, margins = "average", [[0.0]] * len(members)
+    elif not margins[0]:
+        raise BadRow("--validation holds no pair that all members can read: add rows without images, to weigh the text-only model by")
+    return dict(zip(members, ensemble_weights(torch.tensor(margins), rule).tolist())) if members else {}
+
+
+def ranks(k: int, pairs) -> list[int]:
+    """Each response's rank, 1 the best: one more than the lowest-placed of those that beat it."""
+    out = [1] * k
+    for _ in range(k):
+        for winner, loser in pairs:
+            out[loser] = max(out[loser], out[winner] + 1)
+    return out
+
+
+class Work(list):
+    """Comparisons to be scored, which know where they stand in the user's files."""
+
+    def __init__(self, items):
+        super().__init__(comparison for _, comparison, _ in items)
+        self.where = [where for where, _, _ in items]
+
+    def bad_row(self, i, what) -> BadRow:
+        return BadRow(f"{self.where[i]}: {what}")
+
+
+def fingerprint(directory: str, work: Work, *settings) -> str:
+    """The journal of an interrupted run is good only for the same weights, rows and settings, so they are its name."""
+    digest = hashlib.sha256(repr(settings).encode())
+    for file in sorted(Path(directory).glob("*.*")):
+        if file.is_file():
+            digest.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}\n".encode())
+    for c in work:
+        digest.update(json.dumps([c.prompt, c.responses, [image if isinstance(image, str) else "" for image in c.images]]).encode())
+    return digest.hexdigest()[:16]
+
+
+def score(cfg: "Config", world: World, out: Path) -> tuple[list[dict], list, dict]:
+    """(prediction rows, the benchmark's rows, the members' weights on prompts without and with images)."""
+    rows = read_benchmark(cfg.benchmark, cfg.data, cfg.on_bad_row)
+    prompts, wheres, places = share_prompts(rows)
+    sees = [can_see(directory) for directory in cfg.model]
+    if cfg.route and all(sees):
+        raise BadRow("--route sends prompts without images to a text-only model, and every --model can see; add a text-only one")
+    visual = [i for i, c in enumerate(prompts) if c.images]
+    pack_tokens = cfg.pack_tokens or (16384 if world.device.type == "cuda" else 1024)
+    if visual and not any(sees) and cfg.on_bad_row == "stop":
+        raise BadRow(f"{wheres[visual[0]]}: the prompt has an image and every --model is text-only; add one that sees, "
+                     "or skip such rows with --on_bad_row skip")
+    validation = []
+    if len(cfg.model) > 1 and cfg.ensemble != "average":
+        if not cfg.validation:
+            raise BadRow(f"--ensemble {cfg.ensemble} weighs the members by how they do on held-out pairs: give --validation FOLDER")
+        validation = read_benchmark("comparisons", [cfg.validation], "stop")
+
+    # everything a member may have to score, as (where it stands, comparison, members that score it)
+    on = {has_images: participants(sees, has_images, cfg.route) for has_images in (False, True)}
+    work = {("rewards", i): (wheres[i], c, on[bool(c.images)]) for i, c in enumerate(prompts)}
+    if cfg.probe:
+        work |= {("removed", i): (wheres[i], remove_images(prompts[i]), on[True]) for i in visual}
+        work |= {("shuffled", i): (wheres[i], c, on[True]) for i, c in zip(visual, shuffle_images(prompts))}
+    work |= {("held", i): (where, c, participants(sees, bool(c.images), False)) for i, (where, c) in enumerate(validation)}
+    scored = {key: {} for key in work}  # {member: K rewards}
+    (out / ".partial").mkdir(parents=True, exist_ok=True)
+    for m, directory in enumerate(cfg.model):  # one after another, so that only one is in memory
+        keys = [key for key, (_, _, members) in work.items() if m in members]
+        part, model = Work([work[key] for key in keys]), RewardModel.from_pretrained(directory).to(world.device)
+        journal = out / ".partial" / fingerprint(directory, part, pack_tokens, cfg.on_bad_row)
+        for key, values in zip(keys, score_all(model, part, world, pack_tokens, Path(directory).name, cfg.on_bad_row, journal)):
+            scored[key][m] = values
+        del model
+    held = [scored["held", i] for i in range(len(validation))]
+    weights = {has_images: weigh(cfg.ensemble, members, held, [c for _, c in validation]) for has_images, members in on.items()}
+
+    predictions = []
+    for number, ((where, c), place) in enumerate(zip(rows, places), start=1):
+        if place is None or not scored["rewards", place[0]] or None in scored["rewards", place[0]].values():
+            problem = c if place is None else f"{where}: no member can read the prompt, or its image cannot be used"
+            predictions.append({"row": number, "error": str(problem)})
+            continue
+        at, mine, prompt = place
+        row = {"row": number, "id": c.id, "category": c.category, "prompt": prompt, "images": len(c.images),
+               "pairs": [list(pair) for pair in c.pairs], "rank": ranks(len(c.responses), c.pairs), "length": [len(r) for r in c.responses]}
+        for name in ("rewards", "removed", "shuffled"):
+            if members := scored.get((name, at)):
+                row[name] = [sum(weights[bool(c.images)][m] * values[i] for m, values in members.items()) for i in mine]
+        if len(cfg.model) > 1:
+            row["members"] = {cfg.model[m]: [values[i] for i in mine] for m, values in scored["rewards", at].items()}
+        predictions.append(row)
+    named = {has_images: {cfg.model[m]: w for m, w in of.items()} for has_images, of in weights.items()}
+    return predictions, rows, {"without images": named[False], "with images": named[True]}
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# 5  What it leaves behind
+
+
+def receipt(cfg: "Config", world: World, seconds: float) -> dict:
+    described = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    gpu = world.device.type == "cuda"
+    start = f"torchrun --nproc_per_node {world.world_size}" if world.world_size > 1 else "python"
+    return {"benchmark": cfg.benchmark, "model": cfg.model, "ensemble": cfg.ensemble,
+            "command": f"{start} evaluate.py {shlex.join(sys.argv[1:])}", "commit": described.stdout.strip() or "unknown",
+            "date": time.strftime("%Y-%m-%d"), "ranks": world.world_size, "seconds": round(seconds, 1),
+            "hardware": f"{world.world_size} x {torch.cuda.get_device_name()}" if gpu else f"{os.cpu_count()} CPU cores",
+            "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def summarise(benchmark: str, predictions: list[dict], grouping: str) -> dict:
+    """Everything the tables show, from the prediction rows alone."""
+    rows, lost = ([row for row in predictions if ("error" in row) == bad] for bad in (False, True))
+    return {"rows": len(predictions), "missing": len(lost), "first_missing": lost[0]["error"] if lost else "", "grouping": grouping,
+            "prompts": len({row["prompt"] for row in rows}), "pairs": sum(len(row["pairs"]) for row in rows),
+            "ties": sum(row["rewards"][w] == row["rewards"][l] for row in rows for w, l in row["pairs"]),
+            "figures": figures(*metrics(benchmark, rows, grouping)), "beyond": looking(rows) | length_bias(rows) | calibration(rows)}
+
+
+def tables(summary: dict, benchmark: str, name: str) -> tuple[str, list[list[str]], list[list[str]]]:
+    """The first line; the published rows and this model by rising main figure; the rest. This model's row is three: value, interval, n."""
+    n, missing = summary["rows"], summary["missing"]
+    lost = f"{missing} OF {n} ROWS ARE MISSING ({summary['first_missing']}); the others: " if missing else ""
+    first = (f"{benchmark}: {lost}{n - missing:,} rows, {summary['prompts']:,} prompts, {summary['pairs']:,} pairs, "
+             f"{summary['ties']:,} ties")
+    found, (_, wanted) = summary["figures"], metrics(benchmark, [])
+    names = list(wanted if benchmark != "comparisons" else found)
+    main = next(name for name in ("overall", "Acc", "score", "accuracy") if name in names)
+    ours = [[name, *(f"{found[f]['value']:.2f}" if f in found else "" for f in names)],
+            ["95% interval", *(f"{found[f]['low']:.1f} to {found[f]['high']:.1f}" if f in found else "" for f in names)],
+            ["n", *(f"{found[f]['n']:,}" if f in found else "" for f in names)]]
+    printed = [line.split("|") for line in PUBLISHED.get(benchmark, "").split("\n")[1:]]
+    blocks = [(float(values.split()[names.index(main)]), [[row.strip(), *values.split()]]) for row, values in printed]
+    blocks = sorted(blocks + [(found[main]["value"] if main in found else -1.0, ours)], key=lambda block: block[0])
+    main_table = [["model", *names]] + [row + [""] * (len(names) + 1 - len(row)) for _, block in blocks for row in block]
+    rest = [["measure", "value", "95% interval", "n"]]
+    for measure, f in summary["beyond"].items():
+        digits = 2 if "correlation" in measure else 1
+        rest.append([measure, f"{f['value']:.{digits}f}", f"{f['low']:.{digits}f} to {f['high']:.{digits}f}", f"{f['n']:,}"])
+    return first, main_table, rest
+
+
+def markdown(table: list[list[str]]) -> str:
+    """Aligned, so that it reads as well in a terminal."""
+    widths = [max(len(row[c]) for row in table) for c in range(len(table[0]))]
+    lines = ["| " + " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) + " |" for row in table]
+    rule = "|" + "|".join("-" * (w + 1) + (":" if c else "-") for c, w in enumerate(widths)) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+PAGE = string.Template("""<!doctype html><html lang="en"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title><style>
+:root { color-scheme: light dark; --line: #8884; --soft: #8881; --good: #18794e; --bad: #c62a2f; --link: #2563eb }
+@media (prefers-color-scheme: dark) { :root { --good: #4cc38a; --bad: #ff6369 } }
+* { box-sizing: border-box } body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 1.2rem; max-width: 1200px }
+h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.1rem; margin: 2.2rem 0 .6rem }
+.soft { opacity: .75; font-size: .87rem; overflow-wrap: anywhere }
+.warn { color: var(--bad); font-weight: 600 } .scroll { overflow-x: auto }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .87rem }
+td, th { padding: .28rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
+td:first-child, th:first-child { text-align: left } tr.ours td { background: var(--soft) }
+tr.value td { font-weight: 700; border-bottom: 0 }
+nav { display: flex; flex-wrap: wrap; gap: .4rem; margin: .6rem 0 1rem } button { font: inherit; font-size: .87rem; padding: .2rem .7rem;
+border: 1px solid var(--line); border-radius: 1rem; background: none; color: inherit; cursor: pointer }
+button[aria-pressed=true] { background: var(--link); border-color: var(--link); color: #fff }
+article { border: 1px solid var(--line); border-radius: .6rem; padding: .9rem; margin-bottom: .9rem; display: grid; gap: .8rem;
+grid-template-columns: 15rem minmax(0, 1fr) } article.blind { grid-template-columns: minmax(0, 1fr) } article[hidden] { display: none }
+article img { max-width: 100%; border-radius: .3rem; display: block; margin-bottom: .3rem }
+.answers { display: grid; grid-template-columns: 1fr 1fr; gap: .7rem; margin-top: .8rem }
+.answers > div { border-top: 3px solid; padding-top: .4rem; min-width: 0 }
+.answers .chosen { border-color: var(--good) } .answers .rejected { border-color: var(--bad) }
+.text { white-space: pre-wrap; overflow-wrap: anywhere; max-height: 20rem; overflow-y: auto }
+.about { display: flex; flex-wrap: wrap; gap: .2rem .9rem; font-size: .87rem; margin-bottom: .3rem } .about b { color: var(--bad) }
+@media (max-width: 700px) { body { padding: .8rem } article, .answers { grid-template-columns: minmax(0, 1fr) }
+article img { max-height: 16rem } td:first-child { white-space: normal; min-width: 7rem } }
+</style><h1>$title</h1><p class="$warn">$first</p><div class="scroll">$main</div>$notes
+<h2>Does it look, does it count words, is it as often right as it says</h2><div class="scroll">$rest</div>
+<h2>The worst mistakes first</h2><p class="soft">$shown</p><nav>$filters</nav>$cards<p class="soft">$receipt</p><script>
+const show = name => { document.querySelectorAll("article").forEach(a => a.hidden = name && a.dataset.category != name);
+  document.querySelectorAll("nav button").forEach(b => b.setAttribute("aria-pressed", b.dataset.category == name)) };
+document.querySelectorAll("nav button").forEach(b => b.onclick = () => { location.hash = encodeURIComponent(b.dataset.category) });
+(onhashchange = () => show(decodeURIComponent(location.hash.slice(1))))();
+</script></html>
+""")
+
+
+def thumbnails(source) -> str:
+    """The picture itself inside <img>, as a JPEG of at most 448 pixels; of a video four frames."""
+    frames, out = open_frames(source) if is_video(source) else [open_image(source)], []
+    for image in [frames[round(i * (len(frames) - 1) / 3)] for i in range(4)] if len(frames) > 4 else frames:
+        image.thumbnail((448, 448))
+        file = io.BytesIO()
+        image.save(file, "JPEG", quality=82)
+        out.append(f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}">')
+    return "".join(out)
+
+
+def html_table(table: list[list[str]], ours: str = "") -> str:
+    at = [row[0] for row in table].index(ours) if ours else len(table)  # the first of three lines
+    kinds = {at: "ours value", at + 1: "ours", at + 2: "ours"}
+    return "<table>" + "".join(f'<tr class="{kinds.get(i, "")}">' + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
+                               for i, row in enumerate(table) for tag in ["td" if i else "th"]) + "</table>"
+
+
+def report(summary: dict, facts: dict, predictions: list[dict], rows: list, worst: int, name: str) -> str:
+    """One page that needs no network: the tables, then the pairs with the most negative margin."""
+    wrong = sorted((p["rewards"][w] - p["rewards"][l], i, w, l) for i, p in enumerate(predictions) if "error" not in p
+                   for w, l in p["pairs"] if p["rewards"][w] <= p["rewards"][l])
+    cards, counts, say = [], {}, html.escape
+    for margin, i, w, l in wrong[:worst]:
+        p, c = predictions[i], rows[i][1]
+        category = say(p["category"] or "all")
+        counts[category] = counts.get(category, 0) + 1
+        messages, pictures = to_messages(c.prompt, list(c.images)), "".join(map(thumbnails, c.images))
+        text = "\n\n".join((f"{m['role']}: " if len(messages) > 1 else "") + MARK.sub("", m["content"]).strip() for m in messages)
+        answers = "".join(f'<div class="{kind}"><div class="about"><span>{kind}</span><span>reward {p["rewards"][k]:.3f}</span></div>'
+                          f'<div class="text">{say(c.responses[k])}</div></div>' for kind, k in (("chosen", w), ("rejected", l)))
+        about = f"<b>margin {margin:.3f}</b><span>{category}</span><span>{say(p['id'])}</span><span>row {p['row']}</span>"
+        cards.append(f'<article class="{"" if pictures else "blind"}" data-category="{category}">'
+                     f'{f"<div>{pictures}</div>" if pictures else ""}<div><div class="about">{about}</div>'
+                     f'<div class="text">{say(text)}</div><div class="answers">{answers}</div></div></article>')
+    buttons = [("", "all", len(cards)), *((c, c, n) for c, n in sorted(counts.items()))]
+    first, main, rest = tables(summary, facts["benchmark"], name)
+    return PAGE.substitute(
+        title=say(f"{name} on {facts['benchmark']}"), first=say(first), warn="warn" if summary["missing"] else "",
+        notes="".join(f'<p class="soft">{say(note)}</p>' for note in footing(facts["benchmark"], summary["grouping"])),
+        main=html_table(main, name), rest=html_table(rest), cards="".join(cards), receipt=say(receipt_line(facts)),
+        shown=f"{len(cards)} of the {len(wrong):,} wrong among {summary['pairs']:,} pairs. margin = reward(chosen) - reward(rejected)",
+        filters="".join(f'<button data-category="{value}">{label} {n}</button>' for value, label, n in buttons))
+
+
+def receipt_line(facts: dict) -> str:
+    return f"{facts['command']} · commit {facts['commit']} · {facts['date']} · {facts['hardware']} · {facts['seconds']:.0f} s"
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# 6  Curves
 
 
 def draw_curves(file, title: str, panels: list) -> None:
@@ -122,3 +525,88 @@ def draw_curves(file, title: str, panels: list) -> None:
     partial = Path(f"{file}.partial")
     partial.write_text("\n".join(out) + "\n</svg>\n")
     os.replace(partial, file)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+@dataclass(frozen=True)
+class Config:
+    model: list[str] = HfArg(default_factory=list, help="saved reward models (the --out of train.py); several are an ensemble")
+    benchmark: str = HfArg(default="comparisons", help=f"comparisons, {', '.join(BENCHMARKS)}")
+    data: list[str] = HfArg(default_factory=list, help="file, folder or hub id; comparisons: folders, or none for drawn pictures")
+    out: str = HfArg(default="", help="folder for the results; none: evaluation/BENCHMARK in the (first) model's folder")
+    grouping: str = HfArg(default="official", help="vl-rewardbench: official, or paper as BaseReward's and R1-Reward's rows are grouped")
+    ensemble: str = HfArg(default="average", help="average, or by accuracy or confidence on --validation")
+    validation: str = HfArg(default="", help="folder of held-out comparisons to weigh the members by (the paper takes 1,000 pairs)")
+    route: bool = HfArg(default=False, help="prompts without images go to the text-only members alone")
+    probe: bool = HfArg(default=True, help="score twice more, with images removed and shuffled")
+    rescore: str = HfArg(default="", help="a predictions.jsonl: every table from it, without a model; with --data also report.html")
+    worst: int = HfArg(default=100, help="mistakes shown in report.html")
+    on_bad_row: str = HfArg(default="stop", help="stop, or skip and say how many rows are missing")
+    pack_tokens: int = HfArg(default=0, help="tokens in a pack; 0: 16,384 on a GPU, 1,024 on a CPU, which gains nothing from long rows")
+
+
+def read_predictions(file: Path) -> tuple[dict, list[dict]]:
+    try:
+        facts, *predictions = [json.loads(line) for line in file.read_text().splitlines()]
+        return facts | {"benchmark": facts["benchmark"], "model": facts["model"]}, [row | {"row": row["row"]} for row in predictions]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadRow(f"--rescore {file} is not the predictions.jsonl of an earlier run: {type(error).__name__} {error}") from None
+
+
+def main(cfg: Config) -> None:
+    allowed = {"benchmark": ("comparisons", *BENCHMARKS), "grouping": ("official", "paper"), "on_bad_row": ("stop", "skip"),
+               "ensemble": ("average", "accuracy", "confidence")}
+    for name, values in allowed.items():
+        if getattr(cfg, name) not in values:
+            raise BadRow(f"--{name} {getattr(cfg, name)!r}: want one of {', '.join(values)}")
+    if not cfg.model and not cfg.rescore:
+        raise BadRow("--model DIR is missing: a saved reward model, such as runs/default after train.py")
+
+    # 1  predictions: read, or made
+    world, started, rows = setup(), time.time(), []
+    if cfg.rescore:
+        facts, predictions = read_predictions(Path(cfg.rescore))
+        out = Path(cfg.out or Path(cfg.rescore).parent)
+        rows = read_benchmark(facts["benchmark"], cfg.data, cfg.on_bad_row) if cfg.data else []
+        if rows and len(rows) != len(predictions):
+            raise BadRow(f"--data holds {len(rows)} rows, {cfg.rescore} has {len(predictions)}: not the same benchmark")
+    else:
+        out = Path(cfg.out or Path(cfg.model[0]) / "evaluation" / (cfg.benchmark + "-ensemble" * (len(cfg.model) > 1)))
+        predictions, rows, weights = score(cfg, world, out)
+        facts = receipt(cfg, world, time.time() - started) | {"weights": weights}
+    world.close()
+    if all("error" in row for row in predictions):
+        raise BadRow(f"not one of {len(predictions)} rows could be scored; the first: {predictions[0]['error']}")
+    if world.rank > 0:
+        return
+
+    # 2  tables
+    name, benchmark = " + ".join(Path(model).name for model in facts["model"]), facts["benchmark"]
+    summary = summarise(benchmark, predictions, cfg.grouping)
+    first, main_table, rest = tables(summary, benchmark, name)
+    text = "\n\n".join([first, markdown(main_table), *footing(benchmark, cfg.grouping), markdown(rest), receipt_line(facts)])
+
+    # 3  files, each under another name until it is whole
+    files = {"summary.json": json.dumps(facts | summary, indent=1), "table.md": text}
+    if not cfg.rescore:
+        files["predictions.jsonl"] = "\n".join(json.dumps(row) for row in [facts, *predictions])
+    if rows:
+        files["report.html"] = report(summary, facts, predictions, rows, cfg.worst, name)
+    out.mkdir(parents=True, exist_ok=True)
+    for file, content in files.items():
+        (out / f"{file}.partial").write_text(content + "\n")
+        os.replace(out / f"{file}.partial", out / file)
+    shutil.rmtree(out / ".partial", ignore_errors=True)
+    print(f"{text}\n\nwrote {', '.join(sorted(files))} into {out}")
+
+
+if __name__ == "__main__":
+    try:
+        main(HfArgumentParser(Config, prog="evaluate.py").parse_args_into_dataclasses()[0])
+    except ValueError as error:
+        sys.exit(f"evaluate.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("evaluate.py: stopped; the same command goes on from here")

@@ -1,0 +1,188 @@
+"""Pairs a second of the pack (each prompt once) against the stock way (one padded row per response, the image encoded for each), in one run.
+
+    python tests/benchmark.py --mode score                                 two CPU cores, the tiny shape
+    python tests/benchmark.py --mode train --k 4                           forward and backward; stock: 6 pairs x 2 rows
+    python tests/benchmark.py --mode train --shape 7b --image_tokens 1024 --prompt_tokens 2048 --comparisons 8     bf16, on CUDA
+    python tests/benchmark.py --mode train --width 512 --layers 8          a tiny shape of another size
+
+Both ways get the same comparisons and must give the same rewards (train: also the same gradients) before anything is timed; then they take
+turns, and medians are compared. One prompt has `--prompt_tokens` tokens, of which `--image_tokens` are one image's, and K responses. The
+stock way takes K rows for K responses when it scores, and two rows for each of the K (K - 1) / 2 pairs when it trains, as trainers
+of preference pairs do. Weights and tokens are random: speed does not depend on what they say.
+"""
+import json
+import os
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, Qwen2_5_VLConfig, Qwen2_5_VLModel
+from transformers.hf_argparser import HfArg, HfArgumentParser
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from model import Encoded, RewardModel, build_head, fill_packs, pack, pairwise_loss, plain_rewards, tiny_backbone  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Config:
+    mode: str = HfArg(default="score", help="score: forward only; train: forward and backward")
+    shape: str = HfArg(default="tiny", help="tiny, or 7b: Qwen2.5-VL-7B with random weights, bf16")
+    width: int = HfArg(default=128, help="of the tiny shape's text model, a multiple of 32")
+    layers: int = HfArg(default=4, help="of the tiny shape's text model")
+    prompt_tokens: int = HfArg(default=1024, help="tokens of a prompt, the image's among them")
+    image_tokens: int = HfArg(default=256, help="of the prompt's tokens, a square number; each is 4 patches of 14 x 14 pixels; 0: no image")
+    response_tokens: int = HfArg(default=256, help="tokens of each response")
+    k: int = HfArg(default=2, help="responses to a prompt")
+    comparisons: int = HfArg(default=2, help="prompts in a repetition")
+    pack_tokens: int = HfArg(default=0, help="tokens in a pack; 0: 16,384 on a GPU, 1,024 on a CPU, as evaluate.py has it")
+    repetitions: int = HfArg(default=5, help="timed turns of each way, after one that is not timed")
+
+
+def shape_7b() -> Qwen2_5_VLConfig:
+    """Qwen2.5-VL-7B-Instruct's sizes."""
+    text = dict(vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+                num_key_value_heads=4, max_position_embeddings=128000,
+                rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]})
+    vision = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=3584, window_size=112,
+                  fullatt_block_indexes=[7, 15, 23, 31], tokens_per_second=2)
+    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, image_token_id=151655, video_token_id=151656,
+                            vision_start_token_id=151652, vision_end_token_id=151653)
+
+
+def make_model(cfg: Config, device) -> RewardModel:
+    """Random weights of the asked-for shape."""
+    torch.manual_seed(0)
+    if cfg.shape == "7b":
+        config, dtype = shape_7b(), torch.bfloat16
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            config, dtype = AutoConfig.from_pretrained(tiny_backbone(folder, ["a b c"], width=cfg.width)), torch.float32
+        config.text_config.num_hidden_layers, config.text_config.layer_types = cfg.layers, ["full_attention"] * cfg.layers
+    config._attn_implementation = "sdpa"
+    torch.set_default_dtype(dtype)
+    with torch.device(device):
+        backbone = Qwen2_5_VLModel(config)
+    torch.set_default_dtype(torch.float32)
+    width = config.text_config.hidden_size
+    return RewardModel(backbone, build_head(width).to(device), None, None, {"head_layers": 2, "head_activation": "silu", "width": width})
+
+
+def make_comparisons(cfg: Config, config) -> list[Encoded]:
+    generator = torch.Generator().manual_seed(0)
+    side = round(cfg.image_tokens**0.5)
+    if side * side != cfg.image_tokens or cfg.image_tokens >= cfg.prompt_tokens:
+        raise ValueError(f"--image_tokens {cfg.image_tokens}: want a square number below --prompt_tokens {cfg.prompt_tokens}")
+
+    def words(n):
+        return torch.randint(300, 500, (n,), generator=generator).tolist()
+
+    grid = torch.tensor([[1, 2 * side, 2 * side]] * (side > 0)).view(-1, 3)  # patches: the vision tower merges 2 x 2 of them into a token
+    pairs = list(combinations(range(cfg.k), 2))
+    return [Encoded(words(8) + [config.image_token_id] * cfg.image_tokens + words(cfg.prompt_tokens - cfg.image_tokens - 8),
+                    [words(cfg.response_tokens) for _ in range(cfg.k)], pairs,
+                    torch.randn(4 * cfg.image_tokens, 3 * 2 * 14 * 14, generator=generator), grid) for _ in range(cfg.comparisons)]
+
+
+def matrix_rate(device, dtype) -> float:
+    """Multiply-adds x 2 a second of one large square product: what the machine gives at best."""
+    n = 8192 if device == "cuda" else 1024
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    return 2 * n**3 / min(timed(lambda: a @ b, device) for _ in range(10))
+
+
+def timed(work, device) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def main(cfg: Config) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = make_model(cfg, device)
+    comparisons, training = make_comparisons(cfg, model.backbone.config), cfg.mode == "train"
+    n_pairs = sum(len(c.pairs) for c in comparisons)
+    stock_items = [[Encoded(c.prompt_ids, [c.response_ids[w], c.response_ids[l]], [(0, 1)], c.pixel_values, c.image_grid_thw) for w, l in c.pairs]
+                   if training else [c] for c in comparisons]
+    members = fill_packs([c.tokens for c in comparisons], cfg.pack_tokens or (16384 if device == "cuda" else 1024))
+    packs = [pack([comparisons[i] for i in part]).to(device) for part in members]
+    in_order = [stock_items[i] for part in members for i in part]
+    stock_pairs = [pack(items).pairs.to(device) for items in in_order]
+
+    def ours():
+        for packed in packs:
+            yield model(packed), packed.pairs
+
+    def stock():
+        for items, pairs in zip(in_order, stock_pairs):
+            yield plain_rewards(model, items), pairs
+
+    def step(way):
+        """Rewards (pairs, 2) of all comparisons; when training their gradient too."""
+        model.zero_grad(set_to_none=True)
+        out = []
+        with torch.set_grad_enabled(training):
+            for rewards, pairs in way():
+                if training:
+                    pairwise_loss(rewards, pairs, pairs_in_step=n_pairs).backward()
+                out.append(rewards.detach()[pairs])
+        return torch.cat(out)
+
+    def gradient():
+        return torch.cat([p.grad.float().flatten() for name, p in model.named_parameters() if p.grad is not None and "embed_tokens" not in name])
+
+    # the same rewards and gradients, or no timing
+    limit = 1e-4 if device == "cpu" else 0.05  # fp32; bf16
+    rewards, differences = step(ours), {}
+    grad = gradient() if training else None
+    again = step(stock)
+    differences["rewards"] = ((rewards - again).abs().max() / again.abs().max().clamp(min=1e-3)).item()
+    if training:
+        differences["gradients"] = ((gradient() - grad).norm() / grad.norm()).item()
+        del grad
+    if max(differences.values()) > limit:
+        raise ValueError(f"the two ways differ by {differences} relative, more than {limit}: nothing to compare")
+
+    times, peak = {"ours": [], "stock": []}, {}
+    for _ in range(cfg.repetitions):
+        for name, way in (("ours", ours), ("stock", stock)):  # in turns, so that a slow minute of the machine hits both
+            if device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            times[name].append(timed(lambda: step(way), device))
+            peak[name] = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    median = {name: statistics.median(seconds) for name, seconds in times.items()}
+
+    tokens = sum(c.tokens for c in comparisons)
+    stock_tokens = sum(len(c.prompt_ids) + len(ids) for items in stock_items for c in items for ids in c.response_ids)
+    result = {"mode": cfg.mode, "shape": cfg.shape, "k": cfg.k, "pairs_per_s": {name: round(n_pairs / s, 2) for name, s in median.items()},
+              "ratio": round(median["stock"] / median["ours"], 2), "seconds": {name: [round(s, 3) for s in ss] for name, ss in times.items()},
+              "tokens": {"ours": tokens, "stock": stock_tokens}, "difference": {name: float(f"{d:.1e}") for name, d in differences.items()},
+              "device": torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads"}
+    if device == "cuda":
+        # 2 operations for each weight and token forward, 4 more backward; attention's own products are not counted, nor embeddings
+        vision = sum(p.numel() for p in model.backbone.visual.parameters())
+        text = sum(p.numel() for name, p in model.backbone.language_model.named_parameters() if "embed" not in name)
+        work = (6 if training else 2) * (text * tokens + vision * sum(len(packed.pixel_values) for packed in packs))
+        rate = matrix_rate(device, torch.bfloat16)
+        result |= {"matrix_tflops": round(rate / 1e12), "share_of_matrix_rate": round(work / median["ours"] / rate, 3),
+                   "peak_gib": {name: round(gib, 1) for name, gib in peak.items()}, "parameters": vision + text}
+    print(json.dumps(result))
+    print(f"\n{cfg.mode}, K = {cfg.k}, {cfg.prompt_tokens} + {cfg.response_tokens} tokens: {result['pairs_per_s']['ours']} pairs/s against the stock way's "
+          f"{result['pairs_per_s']['stock']}: {result['ratio']} times, of {tokens} against {stock_tokens} tokens")
+
+
+if __name__ == "__main__":
+    try:
+        main(HfArgumentParser(Config, prog="benchmark.py").parse_args_into_dataclasses()[0])
+    except ValueError as error:
+        sys.exit(f"benchmark.py: {error}")

@@ -12,13 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import benchmarks
 import evaluate
 import train
-from benchmarks import PUBLISHED, SECTIONS, footing, metrics, read_benchmark, share_prompts
 from conftest import ROOT
 from data import BadRow, World, synthetic, write_comparisons
-from evaluate import Config, bootstrap, calibration, figures, length_bias, main, participants, ranks, remove_images, score_all, summarise, tables, weigh
+from evaluate import (PUBLISHED, SECTIONS, Config, bootstrap, calibration, figures, footing, length_bias, main, metrics, participants, ranks,
+                      read_benchmark, remove_images, score_all, share_prompts, summarise, tables, weigh)
 from model import Comparison, RewardModel, encode
 
 FIXTURES = Path(__file__).parent / "fixtures" / "benchmarks"
@@ -210,7 +209,7 @@ def test_images_removed_leaves_the_question_alone(tiny):
 
 def test_the_default_set_is_the_one_that_training_held_out():
     defaults = train.Config()
-    assert (benchmarks.TRAIN_SIZE, benchmarks.EVAL_SIZE, 0) == (defaults.train_size, defaults.eval_size, defaults.seed)
+    assert (evaluate.TRAIN_SIZE, evaluate.EVAL_SIZE, 0) == (defaults.train_size, defaults.eval_size, defaults.seed)
 
 
 def test_threads_do_not_change_the_tokens(tiny):
@@ -466,7 +465,7 @@ const look = width => new Promise(done => { const f = document.createElement("if
     (dict(model=["EYES"], ensemble="vote"), "--ensemble 'vote': want one of average"),
     (dict(rescore="total_dataset.json"), "is not the predictions.jsonl of an earlier run")])
 def test_bad_input_is_one_line_that_says_what_to_do(settings, words, models, tmp_path, monkeypatch):
-    monkeypatch.setattr(benchmarks, "default_comparisons", lambda: synthetic(3))
+    monkeypatch.setattr(evaluate, "default_comparisons", lambda: synthetic(3))
     named = {"EYES": str(models / "eyes"), "TEXT": str(models / "text")}
     settings = {key: [named.get(v, str(FIXTURES / v) if (FIXTURES / v).exists() else v) for v in value] if isinstance(value, list) else value
                 for key, value in settings.items()}

@@ -34,7 +34,7 @@ import threading
 from array import array
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -43,7 +43,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, HfArgumentParser
 from transformers.hf_argparser import HfArg
 
-from data import BadRow, Comparison, from_trl, inside, new_folder, parse_row, read_comparisons, text_of
+from data import BadRow, from_trl, inside, new_folder, parse_row, read_comparisons, text_of
 from model import MARK, MAX_FRAMES, is_video, open_frames, open_image, to_messages
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -263,7 +263,7 @@ def llava_critic(row: dict) -> dict:
 
 def own_pairs(row: dict) -> dict:
     """Rows of your own, native or TRL's (the three layouts on top of this file), to be curated like a published set."""
-    if "responses" in row:
+    if "responses" in row or "pairs" in row:
         return row
     images = row.get("images", row.get("image")) or []
     prompt, responses = from_trl(row)
@@ -309,14 +309,14 @@ SETS = {  # name: (row -> comparison, files of a local folder: those of the firs
     "wildchat-uf": (message_lists, "wildchat_[ir]*",
                     "wildchat_if wildchat_reused_on_policy_8b wildchat_if_on_policy_70b wildchat_reused_on_policy_70b"),
     "swe-arena": (swe_arena, ANY, "train"),
-    "vlfeedback": (vlfeedback, "*.parquet vlfeedback*.jsonl", "train"),
+    "vlfeedback": (vlfeedback, "*.parquet vlfeedback*.jsonl *.jsonl", "train"),
     "rlhf-v": (rlhf_v, ANY, "train"),
     "llava-critic": (llava_critic, "pairwise/*.parquet pairwise*.parquet *.jsonl *.json", "pairwise:train"),
     "skywork": (message_lists, ANY, "train"),
     "pairs": (own_pairs, "comparisons.jsonl *.jsonl *.parquet *.json", "train"),
     "vstar": (vstar, "*_data.json *.json", "train"),
     "arxivqa": (arxivqa, "*.jsonl *.parquet", "train"),
-    "thinklite": (thinklite, "*.parquet", "train"),
+    "thinklite": (thinklite, ANY, "train"),
 }
 
 
@@ -368,14 +368,14 @@ def dataset_rows(source: str, files: list[str], splits: str):
 
 
 def mmpr_files(meta: Path) -> list[tuple[Path, Path, float]]:
-    """(annotation file, image folder, repeat factor) of each part of MMPR; its paths start at the folder that holds meta.json, or one above."""
+    """(annotation file, image folder, repeat factor) of each part of MMPR. Its paths begin with MMPR-v1.2/, whatever your folder is called."""
     parts = []
     for name, part in json.loads(meta.read_text()).items():
         root, annotation, repeat = need(part, "root", "annotation", "repeat_time")
-        homes = [home for home in (meta.parent, meta.parent.parent) if Path(inside(home, annotation)).is_file()]
-        if not homes:
-            raise BadRow(f"{meta}: part {name} names {annotation}, which is neither in {meta.parent} nor above it; unpack annotations.zip")
-        parts.append((Path(inside(homes[0], annotation)), Path(inside(homes[0], root)), repeat))
+        root, annotation = (Path(inside(meta.parent, path.partition("/")[2] if path.startswith("MMPR") else path)) for path in (root, annotation))
+        if not annotation.is_file():
+            raise BadRow(f"{meta}: part {name} names {annotation}, which does not exist; unpack annotations.zip")
+        parts.append((annotation, root, repeat))
     return parts
 
 
@@ -390,21 +390,18 @@ def read_source(name: str, source: str):
     files = [path] if path.is_file() else next((found for p in patterns.split() if (found := sorted(path.rglob(p)))), [])
     if not files:
         raise BadRow(f"{source} holds no file of {name}: looked for {patterns.replace(' ', ', then ')}")
-    folder = path if path.is_dir() else path.parent
-    parts = [(file, folder, 1) for file in files] if files[0].name != "meta.json" else mmpr_files(files[0])
-    for file, folder, repeat in parts:
-        if file.suffix == ".parquet":
-            rows = dataset_rows(str(file), [str(file)], splits)
-        else:
-            rows = json_rows(file)
-        for number, row in rows:
-            if repeat >= 1 or fraction(f"{file.name}:{number}") < repeat:
-                yield f"{file.relative_to(path.parent) if path.is_file() else file.name}:{number}", row, folder, max(int(repeat), 1)
+    home = path if path.is_dir() else path.parent
+    for file, folder, repeat in mmpr_files(files[0]) if files[0].name == "meta.json" else [(file, home, 1) for file in files]:
+        for number, row in dataset_rows(str(file), [str(file)], splits) if file.suffix == ".parquet" else json_rows(file):
+            if repeat >= 1 or digest(file.name, number) / 2**64 + 0.5 < repeat:  # a random part, the same each time
+                yield f"{os.path.relpath(file, home)}:{number}", row, folder, max(int(repeat), 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 # 3  Images
 
+Image.init()  # without it Pillow knows only some of the formats by name
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # pixels only: Pillow would hand an EPS to Ghostscript, a program that runs it
 BASE64 = ("data:image/", "/9j/", "iVBORw0KGgo", "UklGR", "R0lGOD")  # how a JPEG, PNG, WebP and GIF begin in base64
 
 
@@ -422,39 +419,29 @@ def image_bytes(source, folder: Path) -> bytes:
         raise ValueError(f"missing image: {error}") from None
 
 
-def load_image(source, folder: Path) -> tuple[str, list, Image.Image]:
-    """(path to store it under, encoded images, the first of them decoded) of an image, or of a video: a folder of frames in the order of
-    their names, of which those are taken that the model will look at. All are decoded here: what does not decode is not stored."""
-    encoded = [source]
-    if video := isinstance(source, str) and not source.startswith(BASE64) and is_video(inside(folder, source)):
+def load_image(source, folder: Path) -> tuple[str, dict, Image.Image]:
+    """(path to name it by, {file: encoded bytes}, its first frame) of an image, or of a video: a folder of frames, of which those are
+    taken that the model will look at, in the order of their names. All are decoded: nothing is stored that cannot be read."""
+    frames, suffix = [source], ""
+    if video := isinstance(source, str) and len(source) < 1000 and os.path.isdir(folder / source):
         names = sorted(name for name in os.listdir(folder / source) if not name.startswith("."))
         n = min(len(names), MAX_FRAMES)
-        encoded = [os.path.join(source, names[round(i * (len(names) - 1) / max(n - 1, 1))]) for i in range(n)]
-    if not encoded:
-        raise ValueError(f"missing image: the frame folder {source} is empty")
-    encoded, decoded, kinds = [image_bytes(one, folder) for one in encoded], [], []
+        frames = [os.path.join(source, names[round(i * (len(names) - 1) / max(n - 1, 1))]) for i in range(n)]
+        if not frames:
+            raise ValueError(f"missing image: the frame folder {source} is empty")
+    encoded, decoded = [image_bytes(frame, folder) for frame in frames], []
     for data in encoded:
         try:
-            image = Image.open(io.BytesIO(data))
-            kinds.append({"JPEG": "jpg"}.get(image.format, str(image.format).lower()))
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            suffix = {"JPEG": ".jpg"}.get(image.format, f".{image.format.lower()}")
             decoded.append(open_image(image))
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             why = str(error).rpartition("cannot be used: ")[2]
             raise ValueError(f"{'absurd aspect ratio' if 'narrower' in why else 'broken image'}: {why.partition('<')[0]}") from None
     name = hashlib.blake2b(b"".join(hashlib.blake2b(data).digest() for data in encoded), digest_size=16).hexdigest()
     name = f"images/{name[:2]}/{name}"  # 256 sub-folders: no folder holds a million files
-    if not video:
-        return f"{name}.{kinds[0]}", encoded, decoded[0]
-    return name, encoded, decoded[0]
-
-
-def store_image(out: Path, path: str, encoded: list) -> None:
-    """Writes what `load_image` gave. The name is the content, so two processes that write the same file write the same bytes."""
-    files = [out / path] if Path(path).suffix else [out / path / f"{i:02}.img" for i in range(len(encoded))]
-    files[0].parent.mkdir(parents=True, exist_ok=True)
-    for file, data in zip(files, encoded):
-        if not file.exists():
-            file.write_bytes(data)
+    files = {f"{name}/{i:02}{suffix}": data for i, data in enumerate(encoded)} if video else {f"{name}{suffix}": encoded[0]}
+    return name if video else f"{name}{suffix}", files, decoded[0]
 
 
 def thumbprint(image: Image.Image) -> int:
@@ -474,11 +461,6 @@ SHORT = 32  # characters: two responses like "Yes" and "No" say nothing about wh
 def digest(*parts) -> int:
     """64 bits of hash, signed. Among 2.8M rows two different ones agree with a probability of 2e-7."""
     return int.from_bytes(hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).digest(), "little", signed=True)
-
-
-def fraction(text: str) -> float:
-    """A number in [0, 1) that looks random and is always the same for this text."""
-    return digest(text) / 2**64 + 0.5
 
 
 def plain(text: str) -> str:
@@ -542,8 +524,10 @@ def curate(made: dict, job: "Job", folder: Path, place: str) -> tuple[bytes, lis
     row = {"prompt": row["prompt"], "images": paths, "responses": responses, "pairs": [list(p) for p in pairs]} | {
         key: row[key] for key in ("id", "source", "category", "answer", "critiques") if row.get(key)}
     if not known:
-        for path, encoded, _ in loaded:
-            store_image(job.out, path, encoded)
+        for path, data in itertools.chain.from_iterable(files.items() for _, files, _ in loaded):
+            if not (job.out / path).exists():  # the name is the content: two processes that write the same file write the same bytes
+                (job.out / path).parent.mkdir(parents=True, exist_ok=True)
+                (job.out / path).write_bytes(data)
     texts = sorted((responses[w], responses[l]) for w, l in pairs)
     lengths = [(len(w), len(l)) for w, l in texts]
     numbers = [digest(prompt, paths, sorted(responses)), digest(texts, made.get("answer")), digest(prompt, paths), len(pairs), len(responses), len(paths),
@@ -646,6 +630,8 @@ def convert(name: str, cfg: Config) -> dict:
     """Converts a published set as the command line asks, and returns the report. BadRow, one line, if nothing can be made of the source."""
     dropped, examples, rows_in, contaminated, numbers = Counter(), {}, 0, 0, array("q")
     workers = cfg.workers or len(os.sched_getaffinity(0))
+    if Path(cfg.source).is_dir() and Path(cfg.out).resolve().is_relative_to(Path(cfg.source).resolve()):
+        raise BadRow(f"--out {cfg.out} lies inside --source {cfg.source} and would be read as part of it; choose another folder")
     with new_folder(cfg.out) as out:
         job = Job(name, out, cfg.max_tokens, cfg.tokenizer, read_benchmarks(cfg.decontaminate))
         items = itertools.islice(read_source(name, cfg.source), cfg.n or None)
@@ -715,5 +701,5 @@ def main(argv: list[str]) -> None:
     report = convert(name, cfg)
     for key, value in report.items():
         for part, count in (value.items() if isinstance(value, dict) else [("", value)]):
-            print(f"{key + ' ' + part:40} {count}")
+            print(f"{key.replace('_', ' ')}{part and ', ' + part}: {count}")
     print(f"wrote {cfg.out}; look at it with: python data.py show {cfg.out}")

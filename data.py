@@ -23,6 +23,7 @@ folder of frames is a video. A prompt without an <image> mark has its images in 
 """
 import array
 import contextlib
+import copy
 import functools
 import graphlib
 import json
@@ -42,7 +43,7 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
-from model import Comparison, open_image, to_messages
+from model import Comparison, is_video, open_frames, open_image, to_messages
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 # 1  Processes
@@ -202,49 +203,46 @@ PAIRS = re.compile(rb'"pairs"\s*:\s*(\[[\s\d,\[\]]*\])')  # only as a key: insid
 
 
 class Comparisons:
-    """A file of rows that is read when a row is needed. What stays in memory is 10 bytes a row: its offset and its number of pairs."""
+    """A file of rows that is read when a row is needed. What stays in memory is 18 bytes a row: where it lies, and its number of pairs."""
 
     def __init__(self, file: Path, needs_responses: bool = True):
         self.file, self.folder, self.needs_responses = file, file.parent, needs_responses
-        self.offsets, self.lines, self.pairs = array.array("Q"), None, array.array("H")
-        at = number = 0
+        self.starts, self.lengths, self.lines, self.pairs = array.array("Q"), array.array("I"), array.array("I"), array.array("H")
+        at = 0
         with open(file, "rb") as lines:
-            for number, line in enumerate(lines):
+            for number, line in enumerate(lines, start=1):
                 if line.strip():
-                    self.offsets.append(at)
                     found = PAIRS.search(line)
+                    self.starts.append(at), self.lengths.append(len(line)), self.lines.append(number)
                     self.pairs.append(min(max(found[1].count(b"[") - 1, 1), 65535) if found else 1)
-                elif self.lines is None:
-                    self.lines = number  # a blank line: from here on row and line numbers part, see `line_number`
                 at += len(line)
-        self.offsets.append(at)
-        if not len(self):
+        if not self.starts:
             raise BadRow(f"{file} holds no row; want one JSON object a line")
         self.descriptor = os.open(file, os.O_RDONLY)
 
     def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def line_number(self, i: int) -> int:
-        if self.lines is None or i < self.lines:
-            return i + 1
-        with open(self.file, "rb") as lines:
-            return lines.read(self.offsets[i]).count(b"\n") + 1
+        return len(self.starts)
 
     def __getitem__(self, i: int) -> Comparison:
-        if not -len(self) <= i < len(self):
-            raise IndexError(i)
-        i %= len(self)
-        line = os.pread(self.descriptor, self.offsets[i + 1] - self.offsets[i], self.offsets[i])  # pread: safe from several threads
+        line = os.pread(self.descriptor, self.lengths[i], self.starts[i])  # pread: safe from several threads
         try:
             return parse_row(json.loads(line), self.folder, self.needs_responses)
         except json.JSONDecodeError as error:
             raise self.bad_row(i, f"malformed JSON ({error.msg} at character {error.pos}); mend or delete the line") from None
         except (ValueError, TypeError, AttributeError, KeyError) as error:
-            raise self.bad_row(i, str(error)) from None
+            raise self.bad_row(i, error) from None
 
     def bad_row(self, i: int, what) -> BadRow:
-        return BadRow(f"{self.file}:{self.line_number(i)}: {what}")
+        """`what` is wrong with row i, as an error that says where."""
+        return BadRow(f"{self.file}:{self.lines[i]}: {what}")
+
+    def only(self, rows: list[int]) -> "Comparisons":
+        """The same file with these rows alone."""
+        part = copy.copy(self)
+        for name in ("starts", "lengths", "lines", "pairs"):
+            values = getattr(self, name)
+            setattr(part, name, array.array(values.typecode, (values[i] for i in rows)))
+        return part
 
 
 def read_comparisons(path, needs_responses: bool = True) -> Comparisons:
@@ -401,6 +399,12 @@ def synthetic(n: int, seed: int = 0) -> list[Comparison]:
     return [synthetic_comparison(seed, i) for i in range(n)]
 
 
+def held_out(train, n: int = 800, seed: int = 1_000_000) -> list[Comparison]:
+    """Comparisons of another seed than training's, less those whose text a training comparison without an image has too."""
+    seen = {c.prompt for c in train if not c.images}
+    return [c for c in synthetic(n, seed) if c.prompt not in seen]
+
+
 @contextlib.contextmanager
 def new_folder(folder):
     """Yields FOLDER.partial to write into, which becomes FOLDER if the block ends well: what is there under its name is complete."""
@@ -419,12 +423,15 @@ def new_folder(folder):
 
 
 def write_comparisons(folder, comparisons, bar: bool = True) -> Path:
-    """Writes comparisons whose images are in memory or are files as a data folder. It appears under its name only when it is complete."""
+    """Writes comparisons, their images in memory or in files, as a data folder. It appears under its name only when it is complete."""
     with new_folder(folder) as partial, open(partial / "comparisons.jsonl", "w") as file:
         for i, c in enumerate(tqdm(comparisons, disable=not bar, desc=Path(folder).name)):
-            paths = [f"images/{i}-{j}.png" for j in range(len(c.images))]
+            paths = [f"images/{i}-{j}" if is_video(image) else f"images/{i}-{j}.png" for j, image in enumerate(c.images)]
             for path, image in zip(paths, c.images):
-                open_image(image).save(partial / path)
+                frames = {path: image} if not is_video(image) else {f"{path}/{f:02}.png": frame for f, frame in enumerate(open_frames(image))}
+                for place, frame in frames.items():
+                    (partial / place).parent.mkdir(exist_ok=True)
+                    open_image(frame).save(partial / place)
             row = {"prompt": c.prompt, "images": paths, "responses": c.responses, "pairs": c.pairs, "id": c.id, "source": c.source,
                    "category": c.category, "answer": c.answer}
             file.write(json.dumps({key: value for key, value in row.items() if value}) + "\n")

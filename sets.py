@@ -10,16 +10,15 @@
     4  curation       what is wrong with a row, and does a benchmark know it
     5  conversion     a source -> a folder with comparisons.jsonl, images/ and report.json, in a stream and on all cores
 
-The folder appears under its name when it is complete; a run that was killed leaves FOLDER.partial, which the next start throws away.
-Every row ends up in the folder or in the report, under the reason it was dropped for. Besides comparisons.jsonl it may hold
-held_out.jsonl (--hold_out: validation pairs; whole prompts, so none is on both sides) and contaminated.jsonl (--decontaminate: what
-was removed, and for which row of which benchmark).
+The folder appears under its name when it is complete. A run that was killed leaves FOLDER.partial, which the next start throws away.
+Every row ends up in the folder, or in the report under the reason it was dropped for. Beside comparisons.jsonl there may be
+held_out.jsonl (--hold_out: validation rows, whole prompts, so that none is on both sides) and contaminated.jsonl (--decontaminate:
+what was removed, and for which row of which benchmark).
 
-Over-long is measured without a tokenizer as one token for 4 bytes of UTF-8, an estimate; `--tokenizer Qwen/Qwen2.5-VL-7B-Instruct` counts.
-Images are not in that count: what they cost depends on --max_pixels of train.py.
+Over-long is measured in estimated tokens, one for 4 bytes of UTF-8, or with --tokenizer Qwen/Qwen2.5-VL-7B-Instruct in counted ones.
+Images are in neither: what they cost depends on --max_pixels of train.py.
 
-Where this differs from the paper, which says nothing of curation: duplicates, ties, broken images and contradictions are dropped here, and
-ranked sets keep their ranking (one comparison of K responses), where the paper counts pairs.
+Where this differs from the paper: it says nothing of curation, and it counts pairs where ranked sets here keep their ranking.
 """
 import base64
 import hashlib
@@ -49,8 +48,9 @@ from model import MARK, MAX_FRAMES, is_video, open_frames, open_image, to_messag
 # ---------------------------------------------------------------------------------------------------------------------------------
 # 1  The sets
 #
-# A function takes one row as published and returns {"prompt", "responses", "pairs", "images"}, or {"prompt", "images", "answer"} for RL.
-# ValueError drops the row; what stands before the first colon is the reason it is counted under. Your own set: a function and a line in SETS.
+# A function takes a row as published and returns {"prompt", "responses", "pairs", "images"}, or {"prompt", "images", "answer"} for RL.
+# A ValueError drops the row; what stands before its first colon is the reason it is counted under. A set of your own takes a function
+# and a line in SETS.
 
 
 def need(row: dict, *names: str) -> list:
@@ -68,11 +68,12 @@ def need(row: dict, *names: str) -> list:
     return values
 
 
-def pair(prompt, chosen, rejected, *images) -> dict:
-    return {"prompt": prompt, "responses": [chosen, rejected], "pairs": [(0, 1)], "images": list(images)}
+def pair(prompt, chosen, rejected, images=()) -> dict:
+    """images: one, or a list of them, here and below."""
+    return {"prompt": prompt, "responses": [chosen, rejected], "pairs": [(0, 1)], "images": images if isinstance(images, (list, tuple)) else [images]}
 
 
-def ranked(prompt, responses, scores, *images) -> dict:
+def ranked(prompt, responses, scores, images=()) -> dict:
     """K responses, best first, and every pair whose scores differ. Responses that are unrated, empty, or said before are left out.
 
     >>> ranked("Why?", ["a", "b", "c", "d"], [1, 5, None, 5])["pairs"]         # of b, d, a: b and d tie
@@ -86,7 +87,7 @@ def ranked(prompt, responses, scores, *images) -> dict:
     pairs = [(w, l) for w, l in itertools.combinations(range(len(order)), 2) if rated[order[w]] > rated[order[l]]]
     if not pairs:
         raise ValueError(f"tie or unrated: the scores are {scores}")
-    return {"prompt": prompt, "responses": order, "pairs": pairs, "images": list(images)}
+    return pair(prompt, "", "", images) | {"responses": order, "pairs": pairs}
 
 
 def chat(turns: list) -> list[dict]:
@@ -95,7 +96,8 @@ def chat(turns: list) -> list[dict]:
     return [{"role": {"human": "user", "gpt": "assistant"}.get(speaker, speaker), "content": text} for speaker, text in turns]
 
 
-JUDGE = re.compile(r"\[Question\]:\s*(.*?)[\s#*]*\[Response 1\]:\s*(.*?)[\s#*]*\[Response 2\]:\s*(.*?)\s*(?:\n[\s#*\[]*Output Format.*)?\Z", re.S)
+JUDGE = re.compile(r"\[Question\]:\s*(.*?)[\s#*]*\[Response 1\]:\s*(.*?)[\s#*]*\[Response 2\]:\s*(.*?)\s*"
+                   r"(?:\n[\s#*\[]*Output Format.*)?\Z", re.S)
 
 
 def r1_reward(row: dict) -> dict:
@@ -148,21 +150,19 @@ def mmpr(row: dict) -> dict:
 
     Trap: a rejected response may be the chosen one, cut in half and continued without the image. Rows without an image are text-only.
     """
-    images = row.get("image") or row.get("video") or []
-    return pair(*need(row, "question", "chosen", "rejected"), *(images if isinstance(images, list) else [images]))
+    return pair(*need(row, "question", "chosen", "rejected"), row.get("image") or row.get("video") or [])
 
 
 def mmif(row: dict) -> dict:
     """ChrisDing1105/MMIF-23k, the DPO part, Apache-2.0. Trap: files for fine-tuning lie beside it, and v1 (the paper's 22k) differs from v2."""
     turns, chosen, rejected, images = need(row, "conversations", "chosen", "rejected", "images|image")
-    (chosen,), (rejected,) = need(chosen, "value"), need(rejected, "value")
-    return pair(chat(turns), chosen, rejected, *(images if isinstance(images, list) else [images]))
+    return pair(chat(turns), *need(chosen, "value"), *need(rejected, "value"), images)
 
 
 def omnialign(row: dict) -> dict:
     """PhoenixZ/OmniAlign-V-DPO, 133k pairs, licence not stated. Trap: rejected responses come from a weaker model and are shorter."""
     prompt, chosen, rejected, image = need(row, "prompt", "chosen", "rejected", "image")
-    return pair(MARK.sub("", prompt).strip(), chosen, rejected, *(image if isinstance(image, list) else [image]))
+    return pair(MARK.sub("", prompt).strip(), chosen, rejected, image)
 
 
 def ultrafeedback_all(row: dict) -> dict:
@@ -265,10 +265,8 @@ def own_pairs(row: dict) -> dict:
     """Rows of your own, native or TRL's (the three layouts on top of this file), to be curated like a published set."""
     if "responses" in row or "pairs" in row:
         return row
-    images = row.get("images", row.get("image")) or []
     prompt, responses = from_trl(row)
-    made = pair(prompt, *responses, *(images if isinstance(images, list) else [images]))
-    return made | {key: row[key] for key in ("category", "answer", "critiques") if key in row}
+    return pair(prompt, *responses, row.get("images", row.get("image")) or []) | {key: row[key] for key in ("category", "answer", "critiques") if key in row}
 
 
 def vstar(row: dict) -> dict:
@@ -325,7 +323,7 @@ SETS = {  # name: (row -> comparison, files of a local folder: those of the firs
 
 
 def json_rows(file: Path):
-    """(number, row) of a file of JSON Lines, rows still as bytes, or of one JSON list, read in pieces: a list of millions is never whole in memory."""
+    """(number, row) of a file of JSON Lines, rows still as bytes, or of one JSON list, which is read in pieces and never whole in memory."""
     with open(file, "rb") as lines:
         if lines.read(64).lstrip()[:1] != b"[":
             lines.seek(0)
@@ -363,7 +361,7 @@ def dataset_rows(source: str, files: list[str], splits: str):
             stream = (datasets.load_dataset("parquet", data_files=files, split=split, streaming=True) if files else
                       datasets.load_dataset(source, config or None, split=split, streaming=True))
             yield from ((f"{split}:{number}", row) for number, row in enumerate(stream.decode(False), 1))
-        except (OSError, ValueError, RuntimeError, ConnectionError) as error:  # among them: no such set, no such split, no network, damaged file
+        except (OSError, ValueError, RuntimeError) as error:  # no such set, no such split, no network, a damaged file
             raise BadRow(f"{source}: cannot be read: {' '.join(str(error).split())[:300]}") from None
 
 
@@ -372,7 +370,7 @@ def mmpr_files(meta: Path) -> list[tuple[Path, Path, float]]:
     parts = []
     for name, part in json.loads(meta.read_text()).items():
         root, annotation, repeat = need(part, "root", "annotation", "repeat_time")
-        root, annotation = (Path(inside(meta.parent, path.partition("/")[2] if path.startswith("MMPR") else path)) for path in (root, annotation))
+        root, annotation = (Path(inside(meta.parent, re.sub("^MMPR[^/]*/", "", path))) for path in (root, annotation))
         if not annotation.is_file():
             raise BadRow(f"{meta}: part {name} names {annotation}, which does not exist; unpack annotations.zip")
         parts.append((annotation, root, repeat))
@@ -445,8 +443,8 @@ def load_image(source, folder: Path) -> tuple[str, dict, Image.Image]:
 
 
 def thumbprint(image: Image.Image) -> int:
-    """64 bits that survive re-encoding and resizing: in a grey thumbnail of 9 x 8, whether a pixel's right neighbour is brighter by more than 2
-    of 255 (a margin, since flat areas only differ by the noise of a JPEG)."""
+    """64 bits that survive re-encoding and resizing: in a grey thumbnail of 9 x 8, whether a pixel's right neighbour is brighter by more
+    than 2 of 255 (a margin, since in flat areas only the noise of a JPEG differs)."""
     grey = image.convert("L").resize((9, 8)).tobytes()
     return sum((grey[9 * y + x + 1] > grey[9 * y + x] + 2) << (8 * y + x) for y in range(8) for x in range(8))
 
@@ -455,7 +453,7 @@ def thumbprint(image: Image.Image) -> int:
 # 4  Curation
 
 CLOSE = 4  # differing bits of 64 at which two images count as one; two unrelated images differ in some 20
-SHORT = 32  # characters: two responses like "Yes" and "No" say nothing about where they come from, so below this the prompt must agree too
+SHORT = 32  # characters: "Yes" and "No" do not tell where they come from, so below this the prompt must agree too
 
 
 def digest(*parts) -> int:
@@ -483,7 +481,7 @@ def read_benchmarks(folders) -> tuple[dict, dict]:
     for folder in folders:
         rows = read_comparisons(folder, needs_responses=False)
         for i in range(len(rows)):
-            row, place = rows[i], f"{rows.file}:{rows.line_number(i)}"
+            row, place = rows[i], f"{rows.file}:{rows.lines[i]}"
             prompt = plain_prompt(row.prompt, row.images)
             by_pair |= dict.fromkeys(pair_digests(prompt, row.responses, row.pairs), place)
             for image in row.images:
@@ -506,14 +504,14 @@ def curate(made: dict, job: "Job", folder: Path, place: str) -> tuple[bytes, lis
     needs_responses = "answer" not in made or bool(responses)
     if not needs_responses and not str(made["answer"] or "").strip():
         raise ValueError("no answer: it is empty")
-    row = made | {"images": [f"images/{i}" for i in range(len(sources))], "source": made.get("source") or job.name, "id": made.get("id") or place}
-    parse_row(row, job.out, needs_responses)
+    row = made | {"source": made.get("source") or job.name, "id": made.get("id") or place}
+    parse_row(row | {"images": ["a name"] * len(sources)}, job.out, needs_responses)  # what train.py will say of it, before images are opened
     prompt = plain_prompt(made["prompt"], sources)
     if not prompt and not sources:
         raise ValueError("the prompt is empty")
     prompt_tokens, response_tokens = job.tokens(prompt), max(map(job.tokens, responses), default=0)
     if prompt_tokens + response_tokens > job.max_tokens:
-        raise ValueError(f"over-long: {prompt_tokens} tokens of prompt and {response_tokens} of the longest response, --max_tokens {job.max_tokens}")
+        raise ValueError(f"over-long: {prompt_tokens} tokens of prompt, {response_tokens} of the longest response; --max_tokens {job.max_tokens}")
     by_pair, by_prompt = job.benchmarks
     known = next((by_pair[key] for key in sorted(pair_digests(prompt, responses, pairs)) if key in by_pair), "") if by_pair else ""
     loaded = [load_image(source, folder) for source in sources]
@@ -521,7 +519,7 @@ def curate(made: dict, job: "Job", folder: Path, place: str) -> tuple[bytes, lis
         if any((thumbprint(image) ^ mark).bit_count() <= CLOSE for _, _, image in loaded):
             known = known or benchmark
     paths = [path for path, _, _ in loaded]
-    row = {"prompt": row["prompt"], "images": paths, "responses": responses, "pairs": [list(p) for p in pairs]} | {
+    line = {"prompt": row["prompt"], "images": paths, "responses": responses, "pairs": pairs} | {
         key: row[key] for key in ("id", "source", "category", "answer", "critiques") if row.get(key)}
     if not known:
         for path, data in itertools.chain.from_iterable(files.items() for _, files, _ in loaded):
@@ -529,10 +527,9 @@ def curate(made: dict, job: "Job", folder: Path, place: str) -> tuple[bytes, lis
                 (job.out / path).parent.mkdir(parents=True, exist_ok=True)
                 (job.out / path).write_bytes(data)
     texts = sorted((responses[w], responses[l]) for w, l in pairs)
-    lengths = [(len(w), len(l)) for w, l in texts]
-    numbers = [digest(prompt, paths, sorted(responses)), digest(texts, made.get("answer")), digest(prompt, paths), len(pairs), len(responses), len(paths),
-               prompt_tokens, response_tokens, sum(w > l for w, l in lengths), sum(w < l for w, l in lengths)]
-    return json.dumps(row, ensure_ascii=False).encode() + b"\n", numbers, known
+    numbers = [digest(prompt, paths, sorted(responses)), digest(texts, made.get("answer")), digest(prompt, paths), len(pairs), len(responses),
+               len(paths), prompt_tokens, response_tokens, sum(len(w) > len(l) for w, l in texts), sum(len(w) < len(l) for w, l in texts)]
+    return json.dumps(line, ensure_ascii=False).encode() + b"\n", numbers, known
 
 
 def judge(numbers: torch.Tensor, hold_out: int) -> torch.Tensor:
@@ -545,10 +542,10 @@ def judge(numbers: torch.Tensor, hold_out: int) -> torch.Tensor:
     _, group, count = torch.unique(same, return_inverse=True, return_counts=True)
     order = torch.argsort(group, stable=True)
     first = torch.zeros(len(same), dtype=torch.bool)
-    first[order[count.cumsum(0) - count]] = True
-    low, high = (torch.zeros(len(count), dtype=torch.int64).scatter_reduce(0, group, verdict, how, include_self=False) for how in ("amin", "amax"))
+    first[order[count.cumsum(0) - count]] = True  # `order` lists the groups one after the other, each in the order of its rows
     fate = torch.where(first, 0, 2)
-    fate[(low != high)[group]] = 3
+    odd = verdict != verdict[order[count.cumsum(0) - count]][group]  # another verdict than the first of its kind
+    fate[torch.isin(group, group[odd])] = 3
     kept = (fate == 0).nonzero()[:, 0]
     if hold_out and len(kept):
         _, group, count = torch.unique(prompt[kept], return_inverse=True, return_counts=True)  # sorted by hash
@@ -636,7 +633,7 @@ def convert(name: str, cfg: Config) -> dict:
         job = Job(name, out, cfg.max_tokens, cfg.tokenizer, read_benchmarks(cfg.decontaminate))
         items = itertools.islice(read_source(name, cfg.source), cfg.n or None)
         with open(out / "draft", "wb") as draft, open(out / "contaminated.jsonl", "w", encoding="utf-8") as removed:
-            for line, values, more, copies in tqdm(in_order(items, workers, job), desc=name, unit=" rows"):
+            for line, values, more, copies in tqdm(in_order(items, workers, job), desc=name, unit=" rows", leave=False):
                 rows_in += copies
                 if line is None:
                     dropped[values] += copies
@@ -657,9 +654,11 @@ def convert(name: str, cfg: Config) -> dict:
             raise BadRow(f"{cfg.source} holds no row")
         if not cfg.decontaminate:
             (out / "contaminated.jsonl").unlink()
-        table = torch.frombuffer(numbers, dtype=torch.int64).view(-1, len(FIELDS)) if numbers else torch.zeros(0, len(FIELDS), dtype=torch.int64)
+        table = torch.tensor([]).long() if not numbers else torch.frombuffer(numbers, dtype=torch.int64)  # shares the memory of `numbers`
+        table = table.view(-1, len(FIELDS))
         fate = judge(table, cfg.hold_out)
-        with open(out / "draft", "rb") as draft, open(out / "comparisons.jsonl", "wb") as kept, open(out / "held_out.jsonl", "wb") as held_out:
+        names = ("comparisons.jsonl", "held_out.jsonl")
+        with open(out / "draft", "rb") as draft, open(out / names[0], "wb") as kept, open(out / names[1], "wb") as held_out:
             for line, f in zip(draft, fate.tolist()):
                 if f < 2:
                     (kept, held_out)[f].write(line)
@@ -684,12 +683,14 @@ def summary(table: torch.Tensor) -> dict:
 
     def spread(tokens):
         tokens = tokens.sort().values
-        return {name: int(tokens[round(q * (len(tokens) - 1))]) for name, q in (("median", 0.5), ("p99", 0.99), ("most", 1.0))} if len(tokens) else {}
+        return {name: int(tokens[round(q * (len(tokens) - 1))]) for name, q in (("median", 0.5), ("p99", 0.99), ("most", 1.0)) if len(tokens)}
 
     longer, shorter = int(column["longer_wins"].sum()), int(column["shorter_wins"].sum())
-    return {"comparisons": len(table), "pairs": int(column["pairs"].sum()), "with_images": round(float((column["images"] > 0).double().mean()), 4),
-            "responses_per_comparison": dict(zip(map(str, k.tolist()), count.tolist())), "prompt_tokens": spread(column["prompt_tokens"]),
-            "response_tokens": spread(column["response_tokens"]), "longer_response_wins": round(longer / max(longer + shorter, 1), 4)}
+    return {"comparisons": len(table), "pairs": int(column["pairs"].sum()),
+            "with_images": round(int((column["images"] > 0).sum()) / max(len(table), 1), 4),
+            "responses_per_comparison": dict(zip(map(str, k.tolist()), count.tolist())),
+            "prompt_tokens": spread(column["prompt_tokens"]), "response_tokens": spread(column["response_tokens"]),
+            "longer_response_wins": round(longer / max(longer + shorter, 1), 4)}  # of the pairs with two lengths
 
 
 def main(argv: list[str]) -> None:

@@ -1,0 +1,496 @@
+"""Trains a multimodal reward model on preference pairs: BaseReward (arXiv 2509.16127), sections 3 and 4, in one plain PyTorch loop.
+
+    torchrun train.py                                                   a tiny model on drawn pictures: two CPU cores, under five minutes
+    torchrun train.py --data FOLDER --out runs/mine                     the same tiny model on your own rows (format: data.py)
+    torchrun --nproc_per_node 8 train.py --backbone Qwen/Qwen2.5-VL-7B-Instruct --shard --gradient_checkpointing \\
+             --data FOLDER OTHER:2.0 --out runs/7b                      the real thing
+    torchrun train.py --resume                                          goes on where a stopped run left off
+
+`python train.py` is the same with one process. What it writes into --out:
+
+    reward model      config.json, model*.safetensors, head.safetensors, reward_config.json, tokenizer ...: RewardModel.from_pretrained(out)
+    metrics.jsonl     one line a step; curve.svg is its picture
+    summary.json      accuracy on held-out comparisons, by category, and with the images shuffled: a model that looks falls to one half
+    checkpoint.pt     weights, optimiser and step of an unfinished run
+
+One step, whatever the number of ranks: its pairs are fixed by (seed, step) alone; the loss is the sum over all of them on all ranks
+divided by their number, however they fall into packs, micro-steps and ranks.
+
+Where this differs from the paper, or where the paper is silent. Optimiser, schedule, epochs, weight decay, maximum length, resolution and
+whether the vision tower is trained are not given there. We take AdamW, 3% warm-up then cosine to zero, one epoch, no decay, 16,384 tokens
+a comparison, Qwen's own 1280 tokens an image, and train everything. Rate and batch (3e-6, 128 pairs) are the paper's.
+"""
+import contextlib
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_model_state_dict,
+                                                     set_optimizer_state_dict)
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg
+
+from data import BadRow, Order, World, held_out, read_comparisons, setup, synthetic
+from evaluate import accuracy, draw_curves, score_all, shuffle_images
+from model import Comparison, RewardModel, encode, fill_packs, pack, pairwise_loss, tiny_backbone
+
+LOG2 = math.log(2)  # the loss of a model that knows nothing
+
+
+@dataclass(frozen=True)
+class Config:
+    backbone: str = HfArg(default="tiny", help="'tiny' (made on the spot), a folder, or a hub id such as Qwen/Qwen2.5-VL-7B-Instruct")
+    data: list[str] = HfArg(default_factory=list, help="data folders, with a weight if wanted: a b:2.0; none: drawn pictures (data.py)")
+    eval_data: list[str] = HfArg(default_factory=list, help="data folders for the final accuracy; none: --eval_size rows of --data")
+    eval_size: int = HfArg(default=500, help="rows of --data kept out of training for the final accuracy, at most a tenth of them")
+    out: str = HfArg(default="runs/default", help="run folder; the final reward model lies in it")
+    overwrite: bool = HfArg(default=False, help="delete what --out holds and start anew")
+    resume: bool = HfArg(default=False, help="go on from the checkpoint in --out")
+    seed: int = HfArg(default=0, help="of the head, of the order of the data, and of the tiny backbone and its pictures")
+    train_size: int = HfArg(default=5000, help="number of drawn comparisons, where --data is not given")
+    batch_size: int | None = HfArg(default=None, help="pairs per optimiser step over all ranks; 128 (paper), 32 for tiny")
+    lr: float | None = HfArg(default=None, help="peak learning rate; 3e-6 (paper, section 4.1), 1e-3 for tiny")
+    epochs: float = HfArg(default=1.0, help="passes over the data (paper: not given)")
+    max_steps: int | None = HfArg(default=None, help="stop after so many steps; the schedule ends there too")
+    warmup: float = HfArg(default=0.03, help="share of the steps in which the learning rate rises from 0 (paper: not given)")
+    weight_decay: float = HfArg(default=0.0, help="AdamW's decoupled decay (paper: not given)")
+    clip: float = HfArg(default=1.0, help="largest gradient norm (paper: not given)")
+    head_layers: int = HfArg(default=2, help="linear layers of the reward head (Table 2: 2 is best)")
+    head_activation: str = HfArg(default="silu", help="between them: silu, tanh, relu or none (Table 2: silu is best)")
+    zero_coef: float = HfArg(default=0.0, help="lambda of Algorithm 1's zero-coefficient term (section 4.3: it hurts)")
+    length_norm: bool = HfArg(default=False, help="Algorithm 1's division of rewards by log(length + 1) (section 4.3: it hurts)")
+    freeze_vision: bool = HfArg(default=False, help="do not train the vision tower and its merger (paper: not given)")
+    gradient_checkpointing: bool = HfArg(default=False, help="recompute activations in the backward pass: less memory, a third more time")
+    shard: bool = HfArg(default=False, help="split weights, gradients and optimiser over the ranks (FSDP2); the 7B needs it on 80 GB GPUs")
+    max_pixels: int | None = HfArg(default=None, help="most pixels of an image, 28 x 28 for a token; 1003520 (Qwen's own), 12544 for tiny")
+    pack_tokens: int | None = HfArg(default=None, help="tokens in a pack; a longer comparison is dropped, never cut; 16384, 1024 for tiny")
+    on_bad_row: str = HfArg(default="stop", help="stop at a row that cannot be used, or skip it and count it")
+    eval_every: int = HfArg(default=200, help="steps between accuracies on 100 held-out comparisons; 0: only at the end")
+    save_every: int = HfArg(default=500, help="steps between checkpoints; 0: only when stopped")
+
+    def resolved(self) -> "Config":
+        """With the defaults that depend on the backbone filled in, and nonsense refused."""
+        own = (dict(lr=1e-3, batch_size=32, max_pixels=112 * 112, pack_tokens=1024) if self.backbone == "tiny" else
+               dict(lr=3e-6, batch_size=128, max_pixels=1280 * 28 * 28, pack_tokens=16384))
+        cfg = replace(self, **{key: value for key, value in own.items() if getattr(self, key) is None})
+        for name in ("batch_size", "lr", "epochs", "clip", "max_pixels", "pack_tokens"):
+            if getattr(cfg, name) <= 0:
+                raise ValueError(f"--{name} {getattr(cfg, name)} must be above zero")
+        if cfg.on_bad_row not in ("stop", "skip"):
+            raise ValueError(f"--on_bad_row {cfg.on_bad_row!r}: want stop or skip")
+        return cfg
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+def open_data(cfg: Config) -> tuple[list, list, list[float]]:
+    """(training sets, held-out comparisons, weight of each set). The embedded default is one set drawn with --seed."""
+    if not cfg.data:
+        train = synthetic(cfg.train_size, cfg.seed)
+        return [train], held_out(train), [1.0]
+    sets, weights = [], []
+    for item in cfg.data:
+        folder, colon, weight = item.rpartition(":")
+        if not colon or os.path.exists(item):
+            folder, weight = item, "1"
+        try:
+            weights.append(float(weight))
+        except ValueError:
+            raise ValueError(f"--data {item}: {weight!r} is not a weight; want FOLDER or FOLDER:2.0") from None
+        if not 0 < weights[-1] < 1000:
+            raise ValueError(f"--data {item}: the weight must be above zero")
+        sets.append(read_comparisons(folder))
+    held = [read_comparisons(folder) for folder in cfg.eval_data]
+    if not held:
+        total = sum(len(rows) for rows in sets)
+        for s, rows in enumerate(sets):  # each set gives its share, spread evenly over its rows
+            n = min(math.ceil(cfg.eval_size * len(rows) / total), len(rows) // 10)
+            chosen = {i * len(rows) // n for i in range(n)}
+            held.append(rows.only(sorted(chosen)))
+            sets[s] = rows.only([i for i in range(len(rows)) if i not in chosen])
+    return sets, [c for rows in held for c in usable(rows, cfg.on_bad_row)], weights
+
+
+def usable(rows, on_bad_row: str):
+    """The rows that can be read; the first that cannot be stops the run, unless told to skip it."""
+    for i in range(len(rows)):
+        try:
+            yield rows[i]
+        except BadRow:
+            if on_bad_row == "stop":
+                raise
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def save_checkpoint(out: Path, model, optimizer, world: World, state: dict) -> None:
+    """Writes out/checkpoint.pt under a temporary name and moves it into place: a kill at any moment leaves the previous one or this one.
+
+    Gathering is done by all ranks, writing by the first; a failed write is an OSError on all of them.
+    """
+    full = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = state | {"model": get_model_state_dict(model, options=full), "optimizer": get_optimizer_state_dict(model, optimizer, options=full)}
+    failure, partial = "", out / "checkpoint.pt.partial"
+    if world.rank == 0:
+        try:
+            with open(partial, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, out / "checkpoint.pt")
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            partial.unlink(missing_ok=True)
+            failure = f"cannot write {out}/checkpoint.pt ({' '.join(str(error).split())[:120]}); is the disk full? The one before is intact"
+    if failure := next(filter(None, world.gather_objects(failure)), ""):
+        raise OSError(failure)
+
+
+def load_checkpoint(file: Path, model, optimizer, cfg: Config) -> dict:
+    """Puts weights and optimiser back and returns the rest. ValueError if it was made under settings that shape the training otherwise."""
+    state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    free = {"out", "overwrite", "resume", "eval_data", "eval_every", "save_every", "gradient_checkpointing", "shard", "on_bad_row"}
+    now = asdict(cfg)
+    if changed := [f"{key} was {old!r}, is {now.get(key)!r}" for key, old in state["config"].items() if key not in free and now.get(key) != old]:
+        raise ValueError(f"{file} belongs to another run: {'; '.join(changed)}. Use the same flags, or another --out")
+    try:
+        full = StateDictOptions(full_state_dict=True)
+        set_model_state_dict(model, state["model"], options=full)
+        set_optimizer_state_dict(model, optimizer, state["optimizer"], options=full)
+    except (RuntimeError, KeyError, ValueError) as error:
+        raise ValueError(f"{file} does not fit this model: {' '.join(str(error).split())[:200]}") from None
+    return {key: value for key, value in state.items() if key not in ("model", "optimizer")}
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# The loop's parts
+
+
+def learning_rate(step: int, steps: int, cfg: Config) -> float:
+    """Rises in a straight line over the warm-up, then falls as half a cosine to zero at the last step.
+
+    >>> [round(learning_rate(s, 10, Config(lr=1.0, warmup=0.2)), 2) for s in (0, 1, 2, 6, 9)]
+    [0.5, 1.0, 1.0, 0.5, 0.04]
+    """
+    rise = math.ceil(cfg.warmup * steps)
+    if step < rise:
+        return cfg.lr * (step + 1) / rise
+    return cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(steps - rise, 1)))
+
+
+def load_step(step: int, order: Order, sets: list, model: RewardModel, cfg: Config, world: World, threads: ThreadPoolExecutor) -> dict:
+    """This rank's share of a step, read and encoded on threads: {"packs", "pairs", "tokens", "dropped": {reason: count}, "bad": message}."""
+
+    def encode_row(name):
+        rows, i = sets[name[0]], name[1]
+        try:
+            return encode(rows[i], model.tokenizer, model.image_processor)
+        except BadRow as error:
+            return error
+        except ValueError as error:
+            return rows.bad_row(i, error) if hasattr(rows, "bad_row") else BadRow(str(error))
+
+    encoded = list(threads.map(encode_row, order.step(step)[world.rank::world.world_size]))
+    bad = [e for e in encoded if isinstance(e, BadRow)]
+    good = [e for e in encoded if not isinstance(e, BadRow) and e.tokens <= cfg.pack_tokens]
+    long = len(encoded) - len(bad) - len(good)
+    packs = [pack([good[i] for i in members]) for members in fill_packs([e.tokens for e in good], cfg.pack_tokens)]
+    return {"packs": packs, "pairs": sum(len(e.pairs) for e in good), "tokens": sum(e.tokens for e in good),
+            "dropped": {"bad row": len(bad), f"longer than {cfg.pack_tokens} tokens": long}, "bad": str(bad[0]) if bad else ""}
+
+
+def take_step(model, packs: list, filler, cfg: Config, world: World, micro_steps: int, pairs_in_step: int) -> list[float]:
+    """Forward and backward over this rank's packs. Returns the sums of [loss of equation (1), right pairs, margins] over its pairs.
+
+    All ranks make the same number of micro-steps: one that has fewer packs runs `filler` at weight 0, since a sharded model needs
+    every rank in every forward. Gradients are exchanged at the last micro-step only. DDP and FSDP average them over the ranks, while
+    each rank's loss is already divided by the pairs of all ranks: hence the factor world_size.
+    """
+    sums = torch.zeros(3, dtype=torch.float64)
+    for micro in range(micro_steps):
+        batch, weight = (packs[micro], 1.0) if micro < len(packs) else (filler, 0.0)
+        batch = batch.to(world.device)
+        last = micro == micro_steps - 1
+        if cfg.shard and world.world_size > 1:
+            model.set_requires_gradient_sync(last)
+        wait = model.no_sync() if isinstance(model, DistributedDataParallel) and not last else contextlib.nullcontext()
+        with wait:  # the forward goes through the wrapper, inside the same context as its backward
+            rewards = model(batch)
+            loss = pairwise_loss(rewards, batch.pairs, cfg.zero_coef, cfg.length_norm, batch.response_length, pairs_in_step)
+            (loss * (weight * world.world_size)).backward()
+        if weight:
+            margins = rewards.detach()[batch.pairs[:, 0]] - rewards.detach()[batch.pairs[:, 1]]
+            plain = pairwise_loss(rewards.detach(), batch.pairs, pairs_in_step=1)
+            sums += torch.stack([plain, (margins > 0).sum(), margins.sum()]).double().cpu()
+    return sums.tolist()
+
+
+def shard_model(model: RewardModel, world: World) -> None:
+    """FSDP2: every rank keeps 1/world_size of each layer's weights, gradients and moments and gathers a layer when it is needed."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if world.device.type == "cuda" else MixedPrecisionPolicy()
+    backbone = model.backbone
+    decoder = getattr(backbone, "language_model", backbone)
+    for layer in [*decoder.layers, *(backbone.visual.blocks if hasattr(backbone, "visual") else ())]:
+        fully_shard(layer, mp_policy=half)
+    fully_shard(model.head)  # fp32, as everywhere
+    fully_shard(model, mp_policy=half)
+
+
+class StopSignal:
+    """Remembers SIGTERM or Ctrl-C until the step is done; a second Ctrl-C ends at once."""
+
+    def __init__(self):
+        self.number = 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.note)
+
+    def note(self, number, _frame):
+        self.number = number
+        signal.signal(number, signal.SIG_DFL)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+
+
+def main(cfg: Config, world: World) -> int:
+    # 1  Process and seed
+    out, begun, first = Path(cfg.out), time.time(), world.rank == 0
+    say = (lambda *text: tqdm.write(" ".join(map(str, text)))) if first else (lambda *text: None)
+    stop = StopSignal()
+    if problem := next(filter(None, world.gather_objects(claim_folder(cfg) if first else "")), ""):
+        raise ValueError(problem)
+    torch.manual_seed(cfg.seed)
+
+    # 2  Data
+    sets, held, weights = open_data(cfg)
+    order = Order([s.pairs if hasattr(s, "pairs") else [len(c.pairs) for c in s] for s in sets], weights, cfg.batch_size, cfg.seed)
+    steps = order.steps(cfg.epochs) if cfg.max_steps is None else cfg.max_steps
+
+    # 3  Model
+    path = cfg.backbone
+    if path == "tiny":
+        path = out / "tiny_backbone"
+        if first:
+            sample = [f"{c.prompt} {' '.join(c.responses)}" for s in sets for c in (s[i] for i in range(min(len(s), 2000)))]
+            tiny_backbone(path, sample, cfg.seed)
+        world.barrier()
+    raw_model = RewardModel.from_backbone(path, cfg.head_layers, cfg.head_activation, cfg.max_pixels).to(world.device).train()
+    if cfg.freeze_vision and hasattr(raw_model.backbone, "visual"):
+        raw_model.backbone.visual.requires_grad_(False)
+    if cfg.gradient_checkpointing:
+        raw_model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    parameters = sum(p.numel() for p in raw_model.parameters())
+    model = raw_model
+    if cfg.shard and world.world_size > 1:
+        shard_model(raw_model, world)
+    elif world.world_size > 1:
+        model = DistributedDataParallel(raw_model, device_ids=[world.local_rank] if world.device.type == "cuda" else None,
+                                        broadcast_buffers=False)
+
+    # 4  Optimiser and resume
+    trained = [p for p in raw_model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=world.device.type == "cuda")
+    state = {"step": 0, "pairs_seen": 0, "seconds": 0.0, "dropped": {}, "bad_gradients": 0, "bad_in_a_row": 0, "recent_loss": []}
+    if cfg.resume and (out / "checkpoint.pt").exists():
+        state |= load_checkpoint(out / "checkpoint.pt", model, optimizer, cfg)
+        say(f"going on from step {state['step']}")
+    elif cfg.resume:
+        say(f"{out} holds no checkpoint yet: starting from the beginning")
+    state["config"] = asdict(cfg)
+    metrics = keep_metrics(out / "metrics.jsonl", state["step"]) if first else None
+    say(f"{json.dumps(asdict(cfg))}\n{parameters:,} parameters · {sum(map(len, sets)):,} comparisons to train on, {len(held)} held out · {steps} steps of about "
+        f"{cfg.batch_size} pairs over {world.world_size} rank{'s' * (world.world_size > 1)} · lr {cfg.lr:g} · log 2 is {LOG2:.3f}")
+
+    # 5  The loop
+    threads, ahead = ThreadPoolExecutor(), ThreadPoolExecutor(1)  # `ahead` reads the next step while this one computes
+    arguments = (order, sets, raw_model, cfg, world, threads)
+    filler = pack([Comparison("?", ["a", "b"], [(0, 1)])], raw_model.tokenizer)
+    bar = tqdm(total=steps, initial=state["step"], disable=not first, dynamic_ncols=True, desc="train")
+    pending, reason, code = ahead.submit(load_step, state["step"], *arguments), "", 0
+    try:
+        while state["step"] < steps:
+            step, started = state["step"], time.time()
+            batch = pending.result()
+            pending = ahead.submit(load_step, step + 1, *arguments)
+            # What every rank must agree on: pairs, micro-steps, whether somebody was told to stop or met a bad row.
+            shared = world.gather([batch["pairs"], len(batch["packs"]), stop.number, bool(batch["bad"]) and cfg.on_bad_row == "stop"])
+            pairs_in_step, micro_steps = int(shared[:, 0].sum()), int(shared[:, 1].max())
+            if shared[:, 3].any():
+                reason, code = next(filter(None, world.gather_objects(batch["bad"]))), 1
+            elif shared[:, 2].any():
+                reason, code = "told to stop", 128 + int(shared[:, 2].max())
+            if reason:
+                break
+            dropped = world.gather(list(batch["dropped"].values())).sum(dim=0).tolist()
+            state["dropped"] = {key: state["dropped"].get(key, 0) + int(n) for key, n in zip(batch["dropped"], dropped)}
+
+            # learning rate -> micro-steps -> clip -> step
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, steps, cfg)
+            sums = take_step(model, batch["packs"], filler, cfg, world, micro_steps, pairs_in_step) if pairs_in_step else [0.0] * 3
+            norm = torch.nn.utils.clip_grad_norm_(trained, cfg.clip)
+            norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # of the exchanged gradient: the same on all ranks
+            if math.isfinite(norm):
+                if pairs_in_step:
+                    optimizer.step()
+                state["bad_in_a_row"] = 0
+            else:
+                state["bad_gradients"] += 1
+                state["bad_in_a_row"] += 1
+            optimizer.zero_grad(set_to_none=True)
+            state |= {"step": step + 1, "pairs_seen": state["pairs_seen"] + pairs_in_step}
+
+            # log -> evaluate -> checkpoint
+            sums = world.gather([*sums, batch["tokens"]]).sum(dim=0).tolist()
+            n, seconds = max(pairs_in_step, 1), time.time() - started
+            row = {"step": step + 1, "loss": sums[0] / n, "accuracy": sums[1] / n, "margin": sums[2] / n, "grad_norm": norm,
+                   "lr": learning_rate(step, steps, cfg), "pairs": pairs_in_step, "tokens": int(sums[3]), "seconds": round(seconds, 3)}
+            if pairs_in_step:
+                state["recent_loss"] = (state["recent_loss"] + [row["loss"]])[-50:]
+            if cfg.eval_every and (step + 1) % cfg.eval_every == 0 and step + 1 < steps:
+                some = held[:100]
+                row["eval_accuracy"] = accuracy(some, score_all(raw_model.eval(), some, world, cfg.pack_tokens, on_bad_row=cfg.on_bad_row))
+                raw_model.train()
+                say(f"step {step + 1}: accuracy {row['eval_accuracy']:.3f} on {len(some)} held-out comparisons")
+            if first:
+                metrics.write(json.dumps(row) + "\n")
+                metrics.flush()
+                bar.set_postfix_str(f"loss {row['loss']:.3f} (log 2 {LOG2:.3f}) acc {row['accuracy']:.2f} margin {row['margin']:.2f} norm {norm:.1f} lr "
+                                    f"{row['lr']:.1e} {n / seconds:.0f} pairs/s {row['tokens'] / seconds:.0f} tok/s {memory(world):.1f} GB")
+                bar.update()
+            if state["bad_in_a_row"] == 10:
+                reason, code = ("ten steps in a row had a gradient that is not finite; look at metrics.jsonl for where the loss rose, then lower "
+                                "--lr or raise --warmup"), 1
+                break
+            if cfg.save_every and (step + 1) % cfg.save_every == 0 and step + 1 < steps:
+                save_checkpoint(out, model, optimizer, world, state | {"seconds": state["seconds"] + time.time() - begun})
+        if reason:
+            bar.close()
+            if state["step"]:
+                save_checkpoint(out, model, optimizer, world, state | {"seconds": state["seconds"] + time.time() - begun})
+            if first:
+                how = f"\n{state['step']} steps are saved in {out}; to go on: the same command with --resume" if state["step"] else ""
+                print(f"train.py: {reason}{how}", file=sys.stderr)
+            return code
+    finally:
+        ahead.shutdown(wait=False, cancel_futures=True), threads.shutdown(wait=False, cancel_futures=True)
+        bar.close()
+
+    # 6  Final report
+    state["seconds"] += time.time() - begun
+    full = get_model_state_dict(raw_model if model is raw_model else model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if first:
+        raw_model.save_pretrained(out, full)
+    world.barrier()
+    raw_model.eval()
+    rewards = score_all(raw_model, held, world, cfg.pack_tokens, "held-out", cfg.on_bad_row)
+    shuffled = shuffle_images(held, cfg.seed)
+    blind = accuracy(shuffled, score_all(raw_model, shuffled, world, cfg.pack_tokens, "images shuffled", cfg.on_bad_row)) if shuffled else None
+    by_category = accuracy(held, rewards, by_category=True)
+    summary = {"accuracy": accuracy(held, rewards), "accuracy_by_category": {name: a for name, (a, _) in by_category.items()},
+               "accuracy_images_shuffled": blind, "n": sum(n for _, n in by_category.values()),
+               "n_by_category": {name: n for name, (_, n) in by_category.items()}, "n_comparisons": len(held),
+               "final_loss": sum(state["recent_loss"]) / max(len(state["recent_loss"]), 1), "seconds": round(state["seconds"], 1),
+               "steps": state["step"], "pairs_seen": state["pairs_seen"], "parameters": parameters, "dropped": state["dropped"],
+               "bad_gradients": state["bad_gradients"], "world_size": world.world_size, "config": asdict(cfg)}
+    if not first:
+        return 0
+    metrics.close()
+    write_curve(out)
+    (out / "summary.json.partial").write_text(json.dumps(summary, indent=1) + "\n")
+    os.replace(out / "summary.json.partial", out / "summary.json")
+    (out / "checkpoint.pt").unlink(missing_ok=True)
+    print(f"\nheld-out accuracy {summary['accuracy']:.3f} on {summary['n']} pairs of {len(held)} comparisons, after {summary['pairs_seen']} pairs "
+          f"in {summary['seconds']:.0f} s")
+    for name, (value, n) in by_category.items():
+        print(f"  {name:<12} {value:.3f}  n {n}")
+    if blind is not None:
+        print(f"  with the images shuffled among the prompts: {blind:.3f} (a model that looks falls to one half)")
+    if any(state["dropped"].values()) or state["bad_gradients"]:
+        print(f"  dropped comparisons {state['dropped']}, steps skipped for a gradient that is not finite {state['bad_gradients']}")
+    print(f"the reward model, summary.json and curve.svg are in {out}. Next:\n  python evaluate.py --model {out}\n  python rl_demo.py --reward_model {out}")
+    if len(state["recent_loss"]) == 50 and summary["final_loss"] > 0.98 * LOG2:
+        print(f"the loss never left log 2 (last 50 steps: {summary['final_loss']:.3f}): the model has learnt nothing. Look at the data with "
+              f"`python data.py show FOLDER` (are winner and loser swapped at random?), then at --lr", file=sys.stderr)
+        return 1
+    return 0
+
+
+def claim_folder(cfg: Config) -> str:
+    """Makes --out ready, or says in one line why it will not: no run is overwritten by accident."""
+    out = Path(cfg.out)
+    if cfg.overwrite and cfg.resume:
+        return "--overwrite and --resume contradict each other"
+    if out.exists() and not out.is_dir():
+        return f"--out {out} is a file; want a folder"
+    if cfg.resume and (out / "summary.json").exists():
+        return f"{out} holds a finished run: nothing to resume. Start another with a new --out, or with --overwrite"
+    ours = ("metrics.jsonl", "checkpoint.pt", "summary.json")
+    if cfg.overwrite and any((out / name).exists() for name in ours):
+        shutil.rmtree(out)
+    leftover = {"metrics.jsonl", "tiny_backbone", "checkpoint.pt.partial"}  # of a run that ended before its first checkpoint
+    if not cfg.resume and out.is_dir() and {file.name for file in out.iterdir()} - leftover:
+        return f"{out} is not empty; add --resume to go on with an unfinished run, --overwrite to replace a run, or choose another --out"
+    out.mkdir(parents=True, exist_ok=True)
+    return ""
+
+
+def keep_metrics(file: Path, step: int):
+    """The log opened for appending, without rows of steps after the checkpoint, which will be taken again."""
+    rows = file.read_text().splitlines() if file.exists() else []
+    partial = file.with_suffix(".partial")
+    partial.write_text("".join(row + "\n" for row in rows if row.endswith("}") and json.loads(row)["step"] <= step))
+    os.replace(partial, file)
+    return open(file, "a")
+
+
+def write_curve(out: Path) -> None:
+    """The learning curve of metrics.jsonl as out/curve.svg; training figures are means over 1/50 of the run."""
+    rows = [json.loads(line) for line in open(out / "metrics.jsonl")]
+    width = max(len(rows) // 50, 1)
+
+    def smooth(key):
+        parts = [rows[i:i + width] for i in range(0, len(rows), width)]
+        return [(part[-1]["step"], sum(r[key] for r in part) / len(part)) for part in parts]
+
+    held = [(r["step"], r["eval_accuracy"]) for r in rows if "eval_accuracy" in r]
+    draw_curves(out / "curve.svg", str(out), [("loss", {"training loss": smooth("loss")}, {"log 2": LOG2}),
+                                              ("accuracy", {"training pairs": smooth("accuracy"), "held out": held}, {"chance": 0.5}),
+                                              ("margin", {"mean margin": smooth("margin")}, {"0": 0.0})])
+
+
+def memory(world: World) -> float:
+    """GB in use at the peak: on the GPU, or of this process."""
+    if world.device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+
+
+if __name__ == "__main__":
+    world = None
+    try:
+        (config,) = HfArgumentParser(Config).parse_args_into_dataclasses()
+        config = config.resolved()
+        world = setup()
+        status = main(config, world)
+        world.close()
+    except (ValueError, OSError) as error:
+        if world is None or world.rank == 0:
+            print(f"train.py: {error}", file=sys.stderr)
+        status = 1
+    sys.exit(status)

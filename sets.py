@@ -390,9 +390,10 @@ def read_source(name: str, source: str):
         raise BadRow(f"{source} holds no file of {name}: looked for {patterns.replace(' ', ', then ')}")
     home = path if path.is_dir() else path.parent
     for file, folder, repeat in mmpr_files(files[0]) if files[0].name == "meta.json" else [(file, home, 1) for file in files]:
+        label = os.path.relpath(file, home)
         for number, row in dataset_rows(str(file), [str(file)], splits) if file.suffix == ".parquet" else json_rows(file):
             if repeat >= 1 or digest(file.name, number) / 2**64 + 0.5 < repeat:  # a random part, the same each time
-                yield f"{os.path.relpath(file, home)}:{number}", row, folder, max(int(repeat), 1)
+                yield f"{label}:{number}", row, folder, max(int(repeat), 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------

@@ -28,11 +28,12 @@ import json
 import multiprocessing
 import os
 import re
-import sys
+import signal
 import threading
 from array import array
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -262,11 +263,12 @@ def llava_critic(row: dict) -> dict:
 
 
 def own_pairs(row: dict) -> dict:
-    """Rows of your own, native or TRL's (the three layouts on top of this file), to be curated like a published set."""
-    if "responses" in row or "pairs" in row:
-        return row
+    """Rows of your own, native or TRL's (the three layouts at the top of data.py), to be curated like a published set."""
+    made = pair(*[""] * 3, row.get("images", row.get("image")) or [])
+    if "chosen" not in row and "rejected" not in row:
+        return row | {"images": made["images"]}
     prompt, responses = from_trl(row)
-    return pair(prompt, *responses, row.get("images", row.get("image")) or []) | {key: row[key] for key in ("category", "answer", "critiques") if key in row}
+    return made | {"prompt": prompt, "responses": responses} | {key: row[key] for key in ("category", "answer", "critiques") if key in row}
 
 
 def vstar(row: dict) -> dict:
@@ -341,7 +343,7 @@ def json_rows(file: Path):
                 row, at = decode(buffer, at)
             except json.JSONDecodeError as error:  # the row goes on in the next piece, or the file ends too early
                 more = text.read(1 << 20)
-                if not more:
+                if not more or len(buffer) - at > 1 << 26:  # no row has 64 million characters
                     raise BadRow(f"{file}: malformed JSON after row {number} ({error.msg}); is the download complete?") from None
                 buffer, at = buffer[at:] + more, 0
                 continue
@@ -385,7 +387,7 @@ def read_source(name: str, source: str):
             raise BadRow(f"{source} does not exist; --source is a file, a folder, or a hub id like openbmb/RLAIF-V-Dataset")
         yield from ((place, row, Path("no folder: the set was read from the hub"), 1) for place, row in dataset_rows(source, [], splits))
         return
-    files = [path] if path.is_file() else next((found for p in patterns.split() if (found := sorted(path.rglob(p)))), [])
+    files = [path] if path.is_file() else next(filter(None, (sorted(filter(Path.is_file, path.rglob(p))) for p in patterns.split())), [])
     if not files:
         raise BadRow(f"{source} holds no file of {name}: looked for {patterns.replace(' ', ', then ')}")
     home = path if path.is_dir() else path.parent
@@ -466,8 +468,8 @@ def plain(text: str) -> str:
     return " ".join(MARK.sub(" ", text).lower().split())
 
 
-def plain_prompt(prompt, images) -> str:
-    return plain("\n".join(message["content"] for message in to_messages(prompt, images)))
+def text_of_prompt(prompt, images) -> str:
+    return "\n".join(message["content"] for message in to_messages(prompt, images))
 
 
 def pair_digests(prompt: str, responses, pairs) -> set[int]:
@@ -483,7 +485,7 @@ def read_benchmarks(folders) -> tuple[dict, dict]:
         rows = read_comparisons(folder, needs_responses=False)
         for i in range(len(rows)):
             row, place = rows[i], f"{rows.file}:{rows.lines[i]}"
-            prompt = plain_prompt(row.prompt, row.images)
+            prompt = plain(text_of_prompt(row.prompt, row.images))
             by_pair |= dict.fromkeys(pair_digests(prompt, row.responses, row.pairs), place)
             for image in row.images:
                 first = open_frames(image)[0] if is_video(image) else open_image(image)
@@ -507,10 +509,11 @@ def curate(made: dict, job: "Job", folder: Path, place: str) -> tuple[bytes, lis
         raise ValueError("no answer: it is empty")
     row = made | {"source": made.get("source") or job.name, "id": made.get("id") or place}
     parse_row(row | {"images": ["a name"] * len(sources)}, job.out, needs_responses)  # what train.py will say of it, before images are opened
-    prompt = plain_prompt(made["prompt"], sources)
+    text = text_of_prompt(made["prompt"], sources)
+    prompt = plain(text)
     if not prompt and not sources:
         raise ValueError("the prompt is empty")
-    prompt_tokens, response_tokens = job.tokens(prompt), max(map(job.tokens, responses), default=0)
+    prompt_tokens, response_tokens = job.tokens(text), max(map(job.tokens, responses), default=0)
     if prompt_tokens + response_tokens > job.max_tokens:
         raise ValueError(f"over-long: {prompt_tokens} tokens of prompt, {response_tokens} of the longest response; --max_tokens {job.max_tokens}")
     by_pair, by_prompt = job.benchmarks
@@ -537,7 +540,7 @@ def judge(numbers: torch.Tensor, hold_out: int) -> torch.Tensor:
     """What becomes of every row (rows, FIELDS): 0 kept, 1 held out, 2 a duplicate of an earlier row, 3 contradicted by another row.
 
     Duplicates agree in prompt, images and responses. The first is kept if all agree in the verdict too; if any does not, all go: nobody
-    knows which is right. Held out are whole prompts, those with the smallest hash, until there are `hold_out` rows.
+    knows which is right. (Their images stay in images/.) Held out are whole prompts, those with the smallest hash, until there are `hold_out` rows.
     """
     same, verdict, prompt = numbers[:, 0].contiguous(), numbers[:, 1], numbers[:, 2].contiguous()
     _, group, count = torch.unique(same, return_inverse=True, return_counts=True)
@@ -574,7 +577,9 @@ class Job:
 def start_worker(job: Job) -> None:
     global JOB, TOKENIZER
     JOB, TOKENIZER = job, AutoTokenizer.from_pretrained(job.tokenizer) if job.tokenizer else None
-    if parent := multiprocessing.parent_process():  # a worker whose parent was killed would wait for ever
+    if parent := multiprocessing.parent_process():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends the workers
+        # a worker whose parent was killed would wait for ever
         threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
@@ -591,7 +596,7 @@ def convert_rows(items: list) -> list:
             results.append((None, "malformed JSON", f"{place}: {error}", copies))
         except (ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
             reason = str(error) if isinstance(error, ValueError) else f"unexpected layout: {type(error).__name__}: {error}"
-            results.append((None, re.sub(r"\d+", "N", re.split("[:;]", reason, maxsplit=1)[0]), f"{place}: {reason}", copies))
+            results.append((None, re.sub(r"\d+", "N", re.split("[:;]", reason, maxsplit=1)[0]), f"{place}: {reason}"[:300], copies))
     return results
 
 
@@ -602,14 +607,17 @@ def in_order(items, workers: int, job: Job, batch: int = 32):
         start_worker(job)
         yield from itertools.chain.from_iterable(map(convert_rows, batches))
         return
-    with ProcessPoolExecutor(workers, initializer=start_worker, initargs=(job,)) as pool:  # unlike Pool, it notices a worker that was killed
+    with ProcessPoolExecutor(workers, initializer=start_worker, initargs=(job,)) as pool:
         under_way = deque()
-        for part in batches:
-            under_way.append(pool.submit(convert_rows, part))
-            if len(under_way) > 2 * workers:
+        try:
+            for part in batches:
+                under_way.append(pool.submit(convert_rows, part))
+                if len(under_way) > 2 * workers:
+                    yield from under_way.popleft().result()
+            while under_way:
                 yield from under_way.popleft().result()
-        while under_way:
-            yield from under_way.popleft().result()
+        except BrokenProcessPool:
+            raise BadRow("a worker process was killed, most likely for want of memory; take fewer --workers") from None
 
 
 @dataclass(frozen=True)
@@ -627,7 +635,7 @@ class Config:
 def convert(name: str, cfg: Config) -> dict:
     """Converts a published set as the command line asks, and returns the report. BadRow, one line, if nothing can be made of the source."""
     dropped, examples, rows_in, contaminated, numbers = Counter(), {}, 0, 0, array("q")
-    workers = cfg.workers or len(os.sched_getaffinity(0))
+    workers = cfg.workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     if Path(cfg.source).is_dir() and Path(cfg.out).resolve().is_relative_to(Path(cfg.source).resolve()):
         raise BadRow(f"--out {cfg.out} lies inside --source {cfg.source} and would be read as part of it; choose another folder")
     with new_folder(cfg.out) as out:

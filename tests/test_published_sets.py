@@ -310,6 +310,15 @@ def test_held_out_rows_share_no_prompt_with_the_rest(tmp_path):
     assert len(data.read_comparisons(tmp_path / "out")) == 85
 
 
+def test_a_benchmark_in_memory_can_be_written_as_a_folder_to_decontaminate_with(tmp_path):
+    """Images and frame folders of evaluate.py's readers lie in memory or in files."""
+    rows = [model.Comparison("What is on the table?", ["A box of matches.", "A hat with a feather."], [(0, 1)], [noisy(1)]),
+            model.Comparison("What happens?", ["A box moves.", "Nothing at all happens."], [(0, 1)], [str(FIXTURES / "mm-rlhf" / "video" / "clip9")])]
+    data.write_comparisons(tmp_path / "bench", rows, bar=False)
+    by_pair, by_prompt = sets.read_benchmarks([tmp_path / "bench"])
+    assert len(by_pair) == len(by_prompt) == 2 and len(os.listdir(comparisons(tmp_path / "bench")[1].images[0])) == 3
+
+
 def test_the_report_counts_what_is_there(tmp_path):
     rows = [pair_row("abcd" * 3, "long answer", "short"), pair_row("abcd", "brief", "long answer"), pair_row("efgh", "longer", "more"),
             {"prompt": "ranked", "responses": ["aaaa", "bbb", "cc"], "pairs": [[0, 1], [1, 2], [0, 2]]}]
@@ -331,7 +340,7 @@ def test_the_folder_is_the_same_whatever_the_number_of_workers(tmp_path):
 
 
 def test_workers_may_start_afresh_instead_of_as_copies(tmp_path, monkeypatch):
-    """How processes start on macOS and Windows. A few rows only: a fresh process imports everything again."""
+    """How processes start on macOS. A few rows only: a fresh process imports everything again."""
     file = write_lines(tmp_path / "a.jsonl", [pair_row(f"What {i}?") for i in range(9)])
     one = convert("pairs", file, tmp_path / "one")
     monkeypatch.setattr(multiprocessing.context._default_context, "_actual_context", multiprocessing.get_context("spawn"))
@@ -370,6 +379,20 @@ def test_an_unexpected_layout_is_one_line(tmp_path, name, content, message):
     with pytest.raises(data.BadRow) as caught:
         convert(name, tmp_path / "a.jsonl", tmp_path / "out")
     assert message in str(caught.value) and "\n" not in str(caught.value) and sorted(os.listdir(tmp_path)) == ["a.jsonl"]
+
+
+def test_a_conversion_that_drops_every_row_says_why_and_writes_nothing(tmp_path):
+    rows = [pair_row("Which?", "this one", "that one"), pair_row("Which?", "that one", "this one")]
+    with pytest.raises(data.BadRow, match="nothing is left of 2 rows: .'contradicted by another row': 2"):
+        convert("pairs", write_lines(tmp_path / "a.jsonl", rows), tmp_path / "out")
+    assert os.listdir(tmp_path) == ["a.jsonl"]
+
+
+def test_prompts_for_rl_of_your_own_need_an_answer_and_no_responses(tmp_path):
+    rows = [{"prompt": "1 + 1?", "answer": "2"}, {"prompt": "2 + 2?", "answer": ""}, {"prompt": "3 + 3?"}]
+    report = convert("pairs", write_lines(tmp_path / "a.jsonl", rows), tmp_path / "out")
+    assert [(c.prompt, c.answer) for c in comparisons(tmp_path / "out", False)] == [("1 + 1?", "2")]
+    assert report["dropped"] == {"no answer": 1, "the keys ['responses', 'pairs'] are missing": 1}
 
 
 def test_a_folder_inside_the_source_is_refused(tmp_path):

@@ -255,8 +255,8 @@ def test_an_image_is_stored_once_whatever_form_it_comes_in(tmp_path):
     (tmp_path / "1.png").write_bytes(png.read_bytes())
     forms = ["1.png", coded, "data:image/png;base64," + coded, {"bytes": coded, "path": "x.png"}, {"bytes": None, "path": "1.png"}]
     convert("pairs", write_lines(tmp_path / "a.jsonl", [pair_row(f"What {i}?", images=[form]) for i, form in enumerate(forms)]), tmp_path / "out")
-    assert len({c.images[0] for c in comparisons(tmp_path / "out")}) == 1
-    assert Path(comparisons(tmp_path / "out")[0].images[0]).read_bytes() == png.read_bytes()
+    found = comparisons(tmp_path / "out")
+    assert len(found) == 5 and len({c.images[0] for c in found}) == 1 and Path(found[0].images[0]).read_bytes() == png.read_bytes()
 
 
 def test_over_long_comparisons_are_dropped_by_a_limit_that_counts_or_estimates_tokens(tmp_path, tiny):
@@ -320,12 +320,13 @@ def test_a_benchmark_in_memory_can_be_written_as_a_folder_to_decontaminate_with(
 
 
 def test_the_report_counts_what_is_there(tmp_path):
-    rows = [pair_row("abcd" * 3, "long answer", "short"), pair_row("abcd", "brief", "long answer"), pair_row("efgh", "longer", "more"),
+    """Of the seven pairs one has responses of one length, and of the others the longer response wins five."""
+    rows = [pair_row("abcd" * 3, "long answer", "short"), pair_row("abcd", "brief", "long answer"), pair_row("efgh", "longer", "more"), pair_row("ijkl", "same", "size"),
             {"prompt": "ranked", "responses": ["aaaa", "bbb", "cc"], "pairs": [[0, 1], [1, 2], [0, 2]]}]
     report = convert("pairs", write_lines(tmp_path / "a.jsonl", rows), tmp_path / "out")
-    assert (report["rows_in"], report["comparisons"], report["pairs"], report["with_images"]) == (4, 4, 6, 0.0)
-    assert report["responses_per_comparison"] == {"2": 3, "3": 1} and report["longer_response_wins"] == round(5 / 6, 4)
-    assert report["prompt_tokens"]["most"] == 3 and report["response_tokens"] == {"median": 3, "p99": 3, "most": 3}
+    assert (report["rows_in"], report["comparisons"], report["pairs"], report["with_images"]) == (5, 5, 7, 0.0)
+    assert report["responses_per_comparison"] == {"2": 4, "3": 1} and report["longer_response_wins"] == round(5 / 6, 4)
+    assert report["prompt_tokens"]["most"] == 3 and report["response_tokens"] == {"median": 2, "p99": 3, "most": 3}
 
 
 def tree(folder):

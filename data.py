@@ -321,15 +321,15 @@ class Order:
 # 5  Synthetic
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 220), "yellow": (240, 210, 40), "black": (20, 20, 20),
-           "pink": (250, 130, 190)}
+           "white": (245, 245, 245)}
 SHAPES = ("circle", "square", "triangle", "cross")
-PLACES = {"left": (28, 56), "right": (84, 56), "top": (56, 28), "bottom": (56, 84)}  # centres (x, y) in an image of 112 x 112 pixels
+PLACES = {"left": (23, 42), "right": (61, 42), "top": (42, 23), "bottom": (42, 61)}  # centres (x, y) in an image of 84 x 84 pixels
 VISUAL = ("colour", "shape", "count", "position", "describe")  # categories that cannot be answered without the image
 
 
 def draw(shapes: list[tuple[str, str, int, int, int]], rng: random.Random):
-    """A picture of shapes (kind, colour, centre x, centre y, radius), each a little off in colour, on a light ground."""
-    image = new_image("RGB", (112, 112), tuple(rng.randint(215, 245) for _ in range(3)))
+    """A picture of shapes (kind, colour, centre x, centre y, radius), each a little off in colour, on a grey ground."""
+    image = new_image("RGB", (84, 84), tuple(rng.randint(112, 132) for _ in range(3)))
     pen = ImageDraw.Draw(image)
     for kind, colour, x, y, r in shapes:
         fill = tuple(min(max(c + rng.randint(-15, 15), 0), 255) for c in COLOURS[colour])
@@ -354,7 +354,7 @@ def synthetic_comparison(seed: int, i: int) -> Comparison:
     rng = random.Random(f"{seed} {i}")
     category = rng.choice((*VISUAL, "text"))
     colour, shape, place = rng.choice(list(COLOURS)), rng.choice(SHAPES), rng.choice(list(PLACES))
-    x, y = (c + rng.randint(-6, 6) for c in PLACES[place])
+    x, y = (c + rng.randint(-3, 3) for c in PLACES[place])
     k = rng.randint(2, 4)
 
     def others(values, right):
@@ -366,11 +366,11 @@ def synthetic_comparison(seed: int, i: int) -> Comparison:
         responses = [colour, *others(COLOURS, colour)]
     elif category == "count":
         right = rng.randint(1, 4)
-        spots = rng.sample([(28, 28), (84, 28), (28, 84), (84, 84)], right)
-        images = [draw([(shape, colour, sx + rng.randint(-6, 6), sy + rng.randint(-6, 6), rng.randint(13, 18)) for sx, sy in spots], rng)]
+        spots = rng.sample([(21, 21), (63, 21), (21, 63), (63, 63)], right)
+        images = [draw([(shape, colour, sx + rng.randint(-4, 4), sy + rng.randint(-4, 4), rng.randint(12, 16)) for sx, sy in spots], rng)]
         prompt, responses = "How many shapes are there?", [str(right), *others("1234", str(right))]
     else:
-        images = [draw([(shape, colour, x, y, rng.randint(15, 21))], rng)]
+        images = [draw([(shape, colour, x, y, rng.randint(17, 21))], rng)]
         if category == "colour":
             prompt, responses = f"What colour is the {shape}?", [colour, *others(COLOURS, colour)]
         elif category == "shape":

@@ -29,6 +29,7 @@ import math
 import os
 import re
 import shutil
+import threading
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -127,6 +128,7 @@ def cut_into_patches(source, image_processor) -> tuple[torch.Tensor, list[int]]:
 
 MARK = re.compile("<image>|<video>")  # each takes the next entry of `images`; the entry decides which of the two it is
 IMAGE_PAD, VIDEO_PAD, END = "<|image_pad|>", "<|video_pad|>", "<|im_end|>"
+TOKENIZING = threading.Lock()  # a tokenizer keeps split_special_tokens as a state: without this, threads would split each other's prompts
 
 
 def to_messages(prompt, images=()) -> list[dict]:
@@ -185,12 +187,14 @@ def encode(comparison: Comparison, tokenizer, image_processor=None) -> Encoded:
     cut = [cut_into_patches(image, image_processor) for image in images]
     counts = iter([math.prod(grid) // image_processor.merge_size**2 for _, grid in cut])
     pads = {tokenizer.convert_tokens_to_ids(IMAGE_PAD), tokenizer.convert_tokens_to_ids(VIDEO_PAD)}
-    prompt_ids = []
-    for token in tokenizer(text, add_special_tokens=False).input_ids:
-        prompt_ids += [token] * next(counts) if token in pads else [token]
     end = tokenizer.convert_tokens_to_ids(END)
-    # split_special_tokens: a response that *writes* "<|im_end|>" is read as those characters and cannot close its own turn early
-    response_ids = [tokenizer(r, add_special_tokens=False, split_special_tokens=True).input_ids + [end] for r in comparison.responses]
+    with TOKENIZING:
+        text_ids = tokenizer(text, add_special_tokens=False).input_ids
+        # split_special_tokens: a response that *writes* "<|im_end|>" is read as those characters and cannot close its own turn early
+        response_ids = [tokenizer(r, add_special_tokens=False, split_special_tokens=True).input_ids + [end] for r in comparison.responses]
+    prompt_ids = []
+    for token in text_ids:
+        prompt_ids += [token] * next(counts) if token in pads else [token]
     return Encoded(prompt_ids, response_ids, [tuple(p) for p in comparison.pairs],
                    torch.cat([patches for patches, _ in cut]) if cut else torch.zeros(0, 3 * 2 * 14 * 14),
                    torch.tensor([grid for _, grid in cut], dtype=torch.long).view(-1, 3))

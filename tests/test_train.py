@@ -1,0 +1,278 @@
+"""The loop: the same step whatever the packs, micro-steps and ranks; resume; signals; bad input. In the order of train.py."""
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import train
+from conftest import ROOT
+from data import Comparison, World, synthetic, write_comparisons
+from model import RewardModel
+from train import Config, learning_rate, main
+from two_ranks import gradient
+
+ALONE = World(0, 0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """24 drawn comparisons. Every second one has no image: with two ranks and an unshuffled share, one rank could hold them all."""
+    visual = [c for c in synthetic(80) if c.images][:12]
+    text = [c for c in synthetic(200) if not c.images][:12]
+    return write_comparisons(tmp_path_factory.mktemp("train") / "drawn", [c for pair in zip(visual, text) for c in pair], bar=False)
+
+
+@pytest.fixture
+def cfg(backbones, drawn, tmp_path):
+    """A run of six short steps on the tiny backbone of the tests, through the same flags as the 7B."""
+    return Config(backbone=str(backbones()), data=[str(drawn)], eval_data=[str(drawn)], out=str(tmp_path / "run"), lr=1e-3, batch_size=8,
+                  max_steps=6, max_pixels=112 * 112, pack_tokens=512, eval_every=0).resolved()
+
+
+def torchrun(n, *arguments, **more):
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}", "--master_port=0", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=170, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, **more)
+
+
+def flags(cfg):
+    """The config as a command line."""
+    out = []
+    for name, value in vars(cfg).items():
+        if value not in (None, []):
+            out += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return out
+
+
+def weights(folder):
+    return load_file(f"{folder}/model.safetensors") | load_file(f"{folder}/head.safetensors")
+
+
+def relative(a, b):
+    """Norm of the difference over all tensors, relative to the norm of b."""
+    difference = sum(((a[k] - b[k]).double() ** 2).sum() for k in b)
+    return math.sqrt(difference / sum((b[k].double() ** 2).sum() for k in b))
+
+
+# ----------------------------------------------------------------------------------------------- one step
+
+
+def test_a_step_does_not_depend_on_how_its_pairs_fall_into_packs(backbones, drawn):
+    whole, whole_sums, _ = gradient(ALONE, backbones(), drawn, pack_tokens=4096)
+    parts, parts_sums, shared = gradient(ALONE, backbones(), drawn, pack_tokens=128)
+    assert shared[0, 1] > 5 and relative(parts, whole) < 1e-6
+    assert parts_sums.tolist() == pytest.approx(whole_sums.tolist(), rel=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["", "shard"])
+def test_two_ranks_take_the_step_of_one(backbones, drawn, tmp_path, mode):
+    """Also when one rank's pack holds no image and the other's many: row order is kept by hand so that ranks get the odd and even rows."""
+    run = torchrun(2, "tests/two_ranks.py", backbones(), drawn, tmp_path / "two.pt", mode)
+    assert run.returncode == 0, run.stderr[-2000:]
+    two, two_sums, shared = torch.load(tmp_path / "two.pt", weights_only=True)
+    one, one_sums, _ = gradient(ALONE, backbones(), drawn)
+    assert shared.shape[0] == 2 and relative(two, one) < 1e-6
+    assert two_sums.tolist() == pytest.approx(one_sums.tolist(), rel=1e-5)
+
+
+def test_the_learning_rate_rises_and_falls():
+    cfg = Config(lr=3e-6, warmup=0.1)
+    rates = [learning_rate(s, 100, cfg) for s in range(100)]
+    assert rates[0] == pytest.approx(3e-7) and max(rates) == 3e-6 == rates[9] and 0 < rates[-1] < 1e-8
+    assert rates[9:] == sorted(rates[9:], reverse=True)
+
+
+# ----------------------------------------------------------------------------------------------- the run
+
+
+def test_a_run_leaves_a_reward_model_its_log_and_a_summary(cfg):
+    assert main(cfg, ALONE) == 0
+    out = cfg.out
+    rows = [json.loads(line) for line in open(f"{out}/metrics.jsonl")]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    summary = json.load(open(f"{out}/summary.json"))
+    assert {"accuracy", "accuracy_by_category", "accuracy_images_shuffled", "n", "seconds", "pairs_seen", "parameters"} <= set(summary)
+    assert summary["pairs_seen"] == sum(row["pairs"] for row in rows) and "<svg" in open(f"{out}/curve.svg").read()
+    assert len(RewardModel.from_pretrained(out).score("What?", ["a", "b", "c"])) == 3
+    assert not os.path.exists(f"{out}/checkpoint.pt")
+    for changed, words in [(cfg, "not empty"), (replace(cfg, resume=True), "finished run"), (replace(cfg, resume=True, overwrite=True), "contradict")]:
+        with pytest.raises(ValueError, match=words):
+            main(changed, ALONE)
+    assert main(replace(cfg, overwrite=True, max_steps=1), ALONE) == 0
+
+
+def test_two_ranks_end_where_one_ends(cfg, tmp_path):
+    """Six steps of AdamW at 1e-3. Gradients differ by rounding (1e-7), but Adam divides each by its own size, so that a weight whose
+    gradient is as small as the rounding may move by up to the learning rate either way: hence 1e-3 relative for the weights."""
+    assert main(cfg, ALONE) == 0
+    two = replace(cfg, out=str(tmp_path / "two"))
+    run = torchrun(2, "train.py", *flags(two))
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert relative(weights(two.out), weights(cfg.out)) < 1e-3
+    one_loss, two_loss = ([json.loads(line)["loss"] for line in open(f"{c.out}/metrics.jsonl")] for c in (cfg, two))
+    assert two_loss == pytest.approx(one_loss, rel=1e-3)
+    summaries = [json.load(open(f"{c.out}/summary.json")) for c in (cfg, two)]
+    assert summaries[0]["pairs_seen"] == summaries[1]["pairs_seen"] and summaries[0]["n"] == summaries[1]["n"]
+
+
+def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(cfg, tmp_path, monkeypatch, capsys):
+    """SIGTERM in the third step: the step is finished, a checkpoint written, and the rest of the run is as if nothing had happened."""
+    assert main(cfg, ALONE) == 0
+    part = replace(cfg, out=str(tmp_path / "part"))
+
+    def told_to_stop_in_step_three(step, steps, cfg):
+        if step == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return learning_rate(step, steps, cfg)
+
+    monkeypatch.setattr(train, "learning_rate", told_to_stop_in_step_three)
+    assert main(part, ALONE) == 128 + signal.SIGTERM
+    monkeypatch.undo()
+    assert "3 steps are saved" in (said := capsys.readouterr().err) and "--resume" in said
+    with pytest.raises(ValueError, match="not empty"):
+        main(part, ALONE)
+    with pytest.raises(ValueError, match="batch_size was 8, is 16"):
+        main(replace(part, resume=True, batch_size=16), ALONE)
+    assert main(replace(part, resume=True), ALONE) == 0
+    whole, resumed = weights(cfg.out), weights(part.out)
+    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+    losses = [[(row["step"], row["loss"]) for row in map(json.loads, open(f"{c.out}/metrics.jsonl"))] for c in (cfg, part)]
+    assert losses[0] == losses[1]
+
+
+def test_after_kill_9_the_run_folder_holds_a_complete_checkpoint(cfg):
+    command = [sys.executable, "train.py", *flags(replace(cfg, max_steps=2000, save_every=1))]
+    run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    saved = f"{cfg.out}/checkpoint.pt"
+    while run.poll() is None and not os.path.exists(saved):
+        time.sleep(0.05)
+    time.sleep(0.3)  # into one of the writes that now follow each other
+    run.kill()
+    run.wait()
+    state = torch.load(saved, weights_only=True)
+    assert state["step"] >= 1 and state["config"]["max_steps"] == 2000
+    assert main(replace(cfg, resume=True, max_steps=2000, save_every=1, overwrite=False), SomeSteps(state["step"] + 1)) == 128 + signal.SIGTERM
+
+
+class SomeSteps(World):
+    """A world of one in which SIGTERM comes after so many steps."""
+
+    def __init__(self, until):
+        super().__init__(0, 0, 1, torch.device("cpu"))
+        object.__setattr__(self, "until", until)
+
+    def gather(self, values):
+        object.__setattr__(self, "calls", getattr(self, "calls", 0) + 1)
+        if self.calls == 4:
+            signal.raise_signal(signal.SIGTERM)
+        return super().gather(values)
+
+
+def test_a_full_disk_stops_the_run_in_one_line_and_leaves_the_checkpoint_before(cfg, monkeypatch):
+    real_save = torch.save
+
+    def full_the_second_time(state, file):
+        if state["step"] >= 4:
+            raise OSError("No space left on device")
+        real_save(state, file)
+
+    monkeypatch.setattr(train.torch, "save", full_the_second_time)
+    with pytest.raises(OSError, match="is the disk full"):
+        main(replace(cfg, save_every=2), ALONE)
+    assert torch.load(f"{cfg.out}/checkpoint.pt", weights_only=True)["step"] == 2
+    assert not os.path.exists(f"{cfg.out}/checkpoint.pt.partial")
+
+
+def test_a_gradient_that_is_not_finite_skips_the_step_and_ten_in_a_row_end_the_run(cfg, monkeypatch, capsys):
+    def poisoned(steps):
+        def take_step(model, *rest):
+            sums = real(model, *rest)
+            if len(taken) in steps:
+                next(model.parameters()).grad.fill_(float("nan"))
+            taken.append(1)
+            return sums
+        return take_step
+
+    real, taken = train.take_step, []
+    monkeypatch.setattr(train, "take_step", poisoned({1, 3}))
+    assert main(cfg, ALONE) == 0
+    assert json.load(open(f"{cfg.out}/summary.json"))["bad_gradients"] == 2
+    assert all(torch.isfinite(w).all() for w in weights(cfg.out).values())
+    taken.clear()
+    monkeypatch.setattr(train, "take_step", poisoned(set(range(100))))
+    assert main(replace(cfg, overwrite=True, max_steps=50), ALONE) == 1
+    assert len(taken) == 10 and "ten steps in a row" in capsys.readouterr().err
+
+
+def test_eight_pairs_are_memorised(cfg, tmp_path):
+    """And a run that cannot learn, at a learning rate of nothing, says that it never left log 2 and exits non-zero."""
+    rows = [Comparison(f"Number {i}?", ["yes", "no"] if i % 3 else ["no", "yes"], [(0, 1)]) for i in range(8)]
+    folder = write_comparisons(tmp_path / "eight", rows, bar=False)
+    eight = replace(cfg, data=[str(folder)], eval_data=[str(folder)], max_steps=60, lr=3e-3)
+    assert main(eight, ALONE) == 0
+    assert json.load(open(f"{cfg.out}/summary.json"))["accuracy"] == 1.0
+
+
+def test_a_run_that_never_leaves_log_2_says_so_and_exits_non_zero(cfg, tmp_path, capsys):
+    rows = [Comparison("Which?", ["yes", "no"], [(i % 2, 1 - i % 2)]) for i in range(8)]  # half say yes, half say no: nothing to learn
+    folder = write_comparisons(tmp_path / "coin", rows, bar=False)
+    assert main(replace(cfg, data=[str(folder)], eval_data=[str(folder)], max_steps=60), ALONE) == 1
+    assert "never left log 2" in capsys.readouterr().err
+    assert json.load(open(f"{cfg.out}/summary.json"))["accuracy"] == 0.5
+
+
+# ----------------------------------------------------------------------------------------------- data as users bring it
+
+
+def test_a_folder_of_trl_rows_with_image_files_trains_end_to_end(tmp_path):
+    (tmp_path / "mine" / "photos").mkdir(parents=True)
+    rows = []
+    for i, colour in enumerate(["red", "blue", "green", "white"] * 5):
+        Image.new("RGB", (64 + i, 56), colour).save(tmp_path / "mine" / "photos" / f"{i}.jpg")
+        rows.append({"prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Colour?"}]}], "images": [f"photos/{i}.jpg"],
+                     "chosen": [{"role": "assistant", "content": colour}], "rejected": [{"role": "assistant", "content": "pink"}]})
+    (tmp_path / "mine" / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = torchrun(1, "train.py", "--data", tmp_path / "mine", "--out", tmp_path / "run", "--max_steps", 3)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert "python evaluate.py --model" in run.stdout and json.load(open(tmp_path / "run" / "summary.json"))["n"] == 2  # a tenth, held out
+
+
+def test_bad_rows_stop_the_run_in_one_line_or_are_skipped_and_counted(cfg, drawn, tmp_path, capsys):
+    good = [json.loads(line) for line in open(drawn / "comparisons.jsonl")]
+    rows = [row | {"images": [str(i) + ".png"]} if row.get("images") and i < 3 else row for i, row in enumerate(good)]
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "images").symlink_to(drawn / "images")
+    (tmp_path / "bad" / "comparisons.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "{\n")
+    bad = replace(cfg, data=[str(tmp_path / "bad")], epochs=1, max_steps=None)
+    assert main(bad, ALONE) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"train.py: {tmp_path}/bad/comparisons.jsonl:") and ("does not exist" in said or "malformed" in said)
+    assert main(replace(bad, on_bad_row="skip", overwrite=True), ALONE) == 0
+    summary = json.load(open(f"{cfg.out}/summary.json"))
+    assert summary["dropped"]["bad row"] == 3 and summary["pairs_seen"] == sum(len(row["pairs"]) for i, row in enumerate(rows) if i not in (0, 2))
+
+
+def test_an_over_long_comparison_is_dropped_and_counted_never_cut(cfg, tmp_path):
+    rows = [Comparison("Short?", ["yes", "no"], [(0, 1)])] * 7 + [Comparison("Long?", ["word " * 600, "no"], [(0, 1)])]
+    folder = write_comparisons(tmp_path / "long", rows, bar=False)
+    assert main(replace(cfg, data=[str(folder)], eval_data=[str(folder)], max_steps=1), ALONE) == 0
+    summary = json.load(open(f"{cfg.out}/summary.json"))
+    assert summary["dropped"] == {"bad row": 0, "longer than 512 tokens": 1} and summary["pairs_seen"] == 7
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"lr": 0.0}, "--lr 0.0 must be above zero"), ({"on_bad_row": "ignore"}, "want stop or skip"), ({"data": ["nowhere"]}, "does not exist"),
+    ({"backbone": "nowhere/at-all"}, "cannot load a backbone"), ({"head_activation": "gelu"}, "one of silu, tanh, relu, none"),
+    ({"data": ["x:heavy"]}, "not a weight")])
+def test_a_wrong_flag_is_one_clear_line(cfg, change, words):
+    with pytest.raises(ValueError) as error:
+        main(replace(cfg, **change).resolved(), ALONE)
+    assert words in str(error.value) and "\n" not in str(error.value)

@@ -1,7 +1,8 @@
 """Where comparisons come from, and which of them this process sees at this step (BaseReward, arXiv 2509.16127, section 4.4).
 
-    python data.py synthetic --out FOLDER --n 1000     the embedded default as a folder, to look at or to copy the format from
-    python data.py show FOLDER                         a few rows, decoded
+    python data.py synthetic --out FOLDER --n 1000                 the embedded default as a folder, to copy the format from
+    python data.py rlaif-v --source PATH_OR_HUB_ID --out FOLDER    a published set, curated: see sets.py
+    python data.py show FOLDER                                     a few rows, decoded
 
     1  processes     who am I, how many are we
     2  rows          one JSON object a line -> a Comparison, or one clear line about what is wrong with it
@@ -21,6 +22,7 @@ critiques (one text per response). Paths are relative to the file and may not cl
 folder of frames is a video. A prompt without an <image> mark has its images in front.
 """
 import array
+import contextlib
 import copy
 import functools
 import graphlib
@@ -42,7 +44,7 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
-from model import Comparison, to_messages
+from model import Comparison, is_video, open_frames, open_image, to_messages
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 # 1  Processes
@@ -457,25 +459,37 @@ def held_out(train, n: int = 800, seed: int = 1_000_000) -> list[Comparison]:
     return [c for c in synthetic(n, seed) if c.prompt not in seen]
 
 
-def write_comparisons(folder, comparisons, bar: bool = True) -> Path:
-    """Writes a data folder. It appears under its name only when it is complete."""
+@contextlib.contextmanager
+def new_folder(folder):
+    """Yields FOLDER.partial to write into, which becomes FOLDER if the block ends well: what is there under its name is complete."""
     folder = Path(folder)
     if folder.exists():
         raise BadRow(f"{folder} exists already; remove it or choose another --out")
     partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
     (partial / "images").mkdir(parents=True)
-    with open(partial / "comparisons.jsonl", "w") as file:
-        for i, c in enumerate(tqdm(comparisons, disable=not bar, desc=folder.name)):
-            paths = []
-            for j, image in enumerate(c.images):
-                paths.append(f"images/{i}-{j}.png")
-                image.save(partial / paths[-1])
+    try:
+        yield partial
+        os.rename(partial, folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def write_comparisons(folder, comparisons, bar: bool = True) -> Path:
+    """Writes comparisons, their images in memory or in files, as a data folder. It appears under its name only when it is complete."""
+    with new_folder(folder) as partial, open(partial / "comparisons.jsonl", "w") as file:
+        for i, c in enumerate(tqdm(comparisons, disable=not bar, desc=Path(folder).name)):
+            paths = [f"images/{i}-{j}" if is_video(image) else f"images/{i}-{j}.png" for j, image in enumerate(c.images)]
+            for path, image in zip(paths, c.images):
+                frames = {path: image} if not is_video(image) else {f"{path}/{f:02}.png": frame for f, frame in enumerate(open_frames(image))}
+                for place, frame in frames.items():
+                    (partial / place).parent.mkdir(exist_ok=True)
+                    open_image(frame).save(partial / place)
             row = {"prompt": c.prompt, "images": paths, "responses": c.responses, "pairs": c.pairs, "id": c.id, "source": c.source,
                    "category": c.category, "answer": c.answer}
             file.write(json.dumps({key: value for key, value in row.items() if value}) + "\n")
-    os.rename(partial, folder)
-    return folder
+    return Path(folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -485,7 +499,7 @@ def write_comparisons(folder, comparisons, bar: bool = True) -> Path:
 @dataclass(frozen=True)
 class Config:
     out: str = HfArg(default="", help="folder to write")
-    n: int = HfArg(default=1000, help="synthetic: number of comparisons; show: number of rows printed (at most 10 unless given)")
+    n: int = HfArg(default=0, help="synthetic: number of comparisons, else 1000; show: number of rows printed, else 10")
     seed: int = HfArg(default=0, help="synthetic: which comparisons")
 
 
@@ -503,25 +517,31 @@ def show(path, n: int) -> None:
 
 
 def main(argv: list[str]) -> None:
-    names = ("show", "synthetic")
+    import sets  # stands on this file, so it is imported only here, where the published sets are commands of this one
+
+    names = ("show", "synthetic", *sets.SETS)
     if not argv or argv[0] in ("-h", "--help"):
-        print(__doc__)
+        print(f"{__doc__}\nNAME is one of {', '.join(names)}")
         HfArgumentParser(Config, prog="data.py NAME").parse_args(["--help"])
     name, rest = argv[0], argv[1:]
+    if name in sets.SETS:
+        return sets.main(argv)
     if name not in names:
         raise BadRow(f"unknown data set {name!r}; want one of {', '.join(names)}")
     folder = rest.pop(0) if name == "show" and rest and not rest[0].startswith("-") else ""
     (cfg,) = HfArgumentParser(Config, prog=f"data.py {name}").parse_args_into_dataclasses(rest)
     if name == "show":
-        show(folder, cfg.n if "--n" in rest else 10)
+        show(folder, cfg.n or 10)
     elif not cfg.out:
         raise BadRow("--out FOLDER is missing: where to write the comparisons")
     else:
-        print(f"wrote {write_comparisons(cfg.out, synthetic(cfg.n, cfg.seed))}")
+        print(f"wrote {write_comparisons(cfg.out, synthetic(cfg.n or 1000, cfg.seed))}")
 
 
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"data.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("data.py: stopped; nothing was written")

@@ -1,0 +1,79 @@
+"""What the data path costs at the paper's 2.8M pairs: run by hand, asserted nowhere.
+
+    python tests/benchmark_data.py --folder /tmp/million --rows 2800000       about 3 GB of disk, removed at the end
+
+Writes a file of invented pairs of about 1 kB, converts it with `data.py pairs`' own function, opens the result for training, and reads
+rows at random. Prints seconds (of the clock, and of this process's CPU), rows a second and resident memory (workers not included).
+"""
+import argparse
+import json
+import os
+import random
+import resource
+import shutil
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import data  # noqa: E402
+import sets  # noqa: E402
+
+
+def resident() -> str:
+    now = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if Path("/proc/self/statm").exists() else 0
+    return f"resident {now / 2**20:.0f} MB, at most {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB"
+
+
+def write_source(file: Path, rows: int) -> None:
+    words = [f"{a}{b}{c}" for a in "bdfgklmn" for b in "aeiou" for c in "rstn"]
+    rng = random.Random(0)
+    texts = [" ".join(rng.choices(words, k=100)) for _ in range(1000)]  # 400 characters each
+    with open(file, "w") as out:
+        for i in range(rows):
+            prompt = f"Question {i}: {texts[i % 1000][:150]}?"
+            out.write(json.dumps({"id": str(i), "prompt": prompt, "chosen": f"{i} {texts[i * 7 % 1000]}", "rejected": texts[(i * 13 + 1) % 1000]}) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", required=True, help="a folder that does not exist yet; it is removed at the end")
+    parser.add_argument("--rows", type=int, default=2_800_000)
+    parser.add_argument("--workers", type=int, default=0, help="of the conversion; 0 takes all cores")
+    parser.add_argument("--reads", type=int, default=100_000, help="rows read at random")
+    args = parser.parse_args()
+    folder = Path(args.folder)
+    folder.mkdir(parents=True)
+    try:
+        write_source(folder / "source.jsonl", args.rows)
+        print(f"{args.rows} rows, {(folder / 'source.jsonl').stat().st_size / 1e9:.2f} GB; imports and all: {resident()}", flush=True)
+
+        start = time.time()
+        if os.fork() == 0:  # in a process of its own, so that opening is measured without what conversion left behind
+            report = sets.convert("pairs", sets.Config(source=str(folder / "source.jsonl"), out=str(folder / "set"), workers=args.workers))
+            seconds = time.time() - start
+            print(f"converted {report['comparisons']} in {seconds:.0f} s, {args.rows / seconds:.0f} rows/s, {resident()}", flush=True)
+            os._exit(0)
+        os.wait()
+
+        start, cpu = time.time(), time.process_time()
+        rows = data.read_comparisons(folder / "set")
+        print(f"opened {len(rows)} rows in {time.time() - start:.1f} s ({time.process_time() - cpu:.1f} of CPU), {resident()}", flush=True)
+
+        order = random.Random(1).choices(range(len(rows)), k=args.reads)
+        start, cpu = time.time(), time.process_time()
+        for i in order:
+            rows[i]
+        seconds, cpu = time.time() - start, time.process_time() - cpu
+        print(f"read {args.reads} rows at random, {args.reads / seconds:.0f} rows/s ({args.reads / cpu:.0f} per CPU second), {resident()}", flush=True)
+
+        start = time.time()
+        first = data.Order([rows.pairs], [1.0], batch_size=128, seed=0).step(0)
+        print(f"shuffled an epoch and named the {len(first)} rows of its first step in {time.time() - start:.1f} s, {resident()}", flush=True)
+    finally:
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,14 +1,21 @@
 """Where comparisons come from, and which of them this process sees at this step (BaseReward, arXiv 2509.16127, section 4.4).
 
-    python data.py synthetic --out FOLDER --n 1000                 the embedded default as a folder, to copy the format from
-    python data.py rlaif-v --source PATH_OR_HUB_ID --out FOLDER    a published set, curated: see sets.py
-    python data.py show FOLDER                                     a few rows, decoded
+    python data.py show FOLDER                                                            a few rows, decoded
+    python data.py synthetic --out FOLDER --n 1000                                        the embedded default as a folder
+    python data.py rlaif-v --source openbmb/RLAIF-V-Dataset --out data/rlaif-v            a published set from the hub, as a stream
+    python data.py mmpr --source MMPR-v1.2 --out data/mmpr --decontaminate bench/vlrb     from a local copy, less what a benchmark knows
+    python data.py pairs --source mine.jsonl --out data/mine --n 100                      the first 100 rows of your own
 
     1  processes     who am I, how many are we
     2  rows          one JSON object a line -> a Comparison, or one clear line about what is wrong with it
     3  folders       millions of rows behind an index of offsets
     4  order         which rows a step sees: a pure function of (seed, step)
     5  synthetic     the embedded default, drawn with Pillow
+    6  published     one short function per set: a row as it was published -> a comparison
+    7  sources       JSON, JSON Lines, parquet, hub ids: one row at a time
+    8  images        wherever they come from, decoded once, stored once under the hash of their content
+    9  curation      what is wrong with a row, and does a benchmark know it
+    10 conversion    a source -> a folder with comparisons.jsonl, images/ and report.json, in a stream and on all cores
 
 A data set is a folder with `comparisons.jsonl` and its images. Three rows that are read as they are, the last two in TRL's layout:
 
@@ -20,31 +27,49 @@ A data set is a folder with `comparisons.jsonl` and its images. Three rows that 
 `pairs` holds (winner, loser) indices into `responses`. Optional keys: id, source, category, answer (a checkable answer, for RL) and
 critiques (one text per response). Paths are relative to the file and may not climb out of its folder; an entry of `images` that is a
 folder of frames is a video. A prompt without an <image> mark has its images in front.
+
+Conversion. The folder appears under its name when it is complete. A run that was killed leaves FOLDER.partial, which the next start throws away.
+Every row ends up in the folder, or in the report under the reason it was dropped for. Beside comparisons.jsonl there may be
+held_out.jsonl (--hold_out: validation rows, whole prompts, so that none is on both sides) and contaminated.jsonl (--decontaminate:
+what was removed, and for which row of which benchmark).
+
+Over-long is measured in estimated tokens, one for 4 bytes of UTF-8, or with --tokenizer Qwen/Qwen2.5-VL-7B-Instruct in counted ones.
+Images are in neither: what they cost depends on --max_pixels of train.py.
+
+Where this differs from the paper: it says nothing of curation, and it counts pairs where ranked sets here keep their ranking.
 """
-import array
+import base64
 import contextlib
 import copy
 import functools
 import graphlib
+import hashlib
+import io
+import itertools
 import json
+import multiprocessing
 import os
 import random
 import re
 import shutil
 import signal
 import sys
+import threading
+from array import array
+from collections import Counter, deque
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from PIL import ImageDraw
-from PIL.Image import new as new_image
+from PIL import Image, ImageDraw
 from tqdm import tqdm
-from transformers import HfArgumentParser
+from transformers import AutoTokenizer, HfArgumentParser
 from transformers.hf_argparser import HfArg
 
-from model import Comparison, is_video, open_frames, open_image, to_messages
+from model import MARK, MAX_FRAMES, Comparison, is_video, open_frames, open_image, to_messages
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 # 1  Processes
@@ -260,7 +285,7 @@ class Comparisons:
 
     def __init__(self, file: Path, needs_responses: bool = True):
         self.file, self.folder, self.needs_responses = file, file.parent, needs_responses
-        self.starts, self.lengths, self.lines, self.pairs = array.array("Q"), array.array("I"), array.array("I"), array.array("H")
+        self.starts, self.lengths, self.lines, self.pairs = array("Q"), array("I"), array("I"), array("H")
         at = 0
         with open(file, "rb") as lines:
             for number, line in enumerate(lines, start=1):
@@ -294,7 +319,7 @@ class Comparisons:
         part = copy.copy(self)
         for name in ("starts", "lengths", "lines", "pairs"):
             values = getattr(self, name)
-            setattr(part, name, array.array(values.typecode, (values[i] for i in rows)))
+            setattr(part, name, array(values.typecode, (values[i] for i in rows)))
         return part
 
 
@@ -385,7 +410,7 @@ def draw(shapes: list[tuple[str, str, int, int, int]], rng: random.Random):
 
     Every colour is brighter than the ground, so that "something is there" is one direction in pixel space and quickly learnt.
     """
-    image = new_image("RGB", (84, 84), tuple(rng.randint(35, 55) for _ in range(3)))
+    image = Image.new("RGB", (84, 84), tuple(rng.randint(35, 55) for _ in range(3)))
     pen = ImageDraw.Draw(image)
     for kind, colour, x, y, r in shapes:
         fill = tuple(min(max(c + rng.randint(-15, 15), 0), 255) for c in COLOURS[colour])
@@ -493,14 +518,664 @@ def write_comparisons(folder, comparisons, bar: bool = True) -> Path:
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
+# 6  The published sets
+#
+# A function takes a row as published and returns {"prompt", "responses", "pairs", "images"}, or {"prompt", "images", "answer"} for RL.
+# A ValueError drops the row; what stands before its first colon is the reason it is counted under. A set of your own takes a function
+# and a line in SETS.
+
+
+def need(row: dict, *names: str) -> list:
+    """The named fields; "a|b" is one field with two spellings, of which the first that is not empty counts. Absent fields are an error.
+
+    >>> need({"question": "Why?", "image": None, "video": "clip9"}, "question", "image|video")
+    ['Why?', 'clip9']
+    """
+    values = []
+    for name in names:
+        found = [row[key] for key in name.split("|") if key in row] if isinstance(row, dict) else []
+        if not found:
+            raise ValueError(f"no field {name.replace('|', ' or ')}: found {sorted(row) if isinstance(row, dict) else str(row)[:80]}")
+        values.append(next((value for value in found if value not in (None, "", [])), found[0]))
+    return values
+
+
+def pair(prompt, chosen, rejected, images=()) -> dict:
+    """images: one, or a list of them, here and below."""
+    return {"prompt": prompt, "responses": [chosen, rejected], "pairs": [(0, 1)], "images": images if isinstance(images, (list, tuple)) else [images]}
+
+
+def ranked(prompt, responses, scores, images=()) -> dict:
+    """K responses, best first, and every pair whose scores differ. Responses that are unrated, empty, or said before are left out.
+
+    >>> ranked("Why?", ["a", "b", "c", "d"], [1, 5, None, 5])["pairs"]         # of b, d, a: b and d tie
+    [(0, 2), (1, 2)]
+    """
+    rated = {}
+    for response, score in zip(responses, scores, strict=True):
+        if score is not None and response and response.strip():
+            rated.setdefault(response, score)
+    order = sorted(rated, key=rated.get, reverse=True)
+    pairs = [(w, l) for w, l in itertools.combinations(range(len(order)), 2) if rated[order[w]] > rated[order[l]]]
+    if not pairs:
+        raise ValueError(f"tie or unrated: the scores are {scores}")
+    return pair(prompt, "", "", images) | {"responses": order, "pairs": pairs}
+
+
+def chat(turns: list) -> list[dict]:
+    """ShareGPT's {from, value} turns as messages."""
+    turns = [need(turn, "from", "value") for turn in turns]
+    return [{"role": {"human": "user", "gpt": "assistant"}.get(speaker, speaker), "content": text} for speaker, text in turns]
+
+
+JUDGE = re.compile(r"\[Question\]:\s*(.*?)[\s#*]*\[Response 1\]:\s*(.*?)[\s#*]*\[Response 2\]:\s*(.*?)\s*"
+                   r"(?:\n[\s#*\[]*Output Format.*)?\Z", re.S)
+
+
+def r1_reward(row: dict) -> dict:
+    """yifanzhang114/R1-Reward-RL, 17,261 pairs, licence not stated. The image is base64; the responses must be cut out of a judge's prompt.
+
+    Trap: these are the pairs GPT-4o found hard, not the 200k of the paper, which nobody published as one file (README).
+    """
+    message, answer, image = need(row, "message", "answer", "image")
+    text = "".join(part["text"] for part in json.loads(message)[0]["content"] if part.get("type") == "text")
+    verdict, found = re.search(r"<answer>\s*([12])\s*</answer>", str(answer)), JUDGE.search(text)
+    if not found or text.count("[Response 1]:") != 1 or text.count("[Response 2]:") != 1:
+        raise ValueError(f"no [Question]:, [Response 1]:, [Response 2]: once each in the message: {text[-80:]!r}")
+    if not verdict:
+        raise ValueError(f"unparsable verdict: {answer}")
+    question, *responses = found.groups()
+    chosen = int(verdict[1]) - 1
+    return pair(MARK.sub("", question).strip(), responses[chosen], responses[1 - chosen], image)
+
+
+def mm_rlhf(row: dict) -> dict:
+    """yifanzhang114/MM-RLHF, MIT: data.jsonl (16,342 ranked prompts) or dpo_pairs.jsonl (62,545 pairs); unpack its five archives beside it.
+
+    Trap: whether rank 1 is best is written nowhere. It is taken so, and a row whose own scores say the opposite is dropped and counted.
+    """
+    if "chosen" in row or "rejected" in row:
+        prompt, chosen, rejected, picture = need(row, "prompt", "chosen", "rejected", "image|video")
+        critiques = [row.get("chosen_reason"), row.get("rejected_reason")]
+        return pair(prompt, chosen, rejected, picture) | {"critiques": critiques if all(critiques) else [], "category": folder_of(picture)}
+    prompt, responses, ranks, picture = need(row, "question", "models_output", "final_ranking", "image|video")
+    aspects = [row[name] for name in ("faithfulness", "helpfulness", "ethical") if row.get(name)]
+    totals = [sum(a[i] or 0 for a in aspects) for i in range(len(responses))]
+    known = [(rank, total) for rank, total in zip(ranks, totals) if rank is not None]
+    if sum((ra - rb) * (ta - tb) for (ra, ta), (rb, tb) in itertools.combinations(known, 2)) > 0:
+        raise ValueError(f"ranking against its scores: ranks {ranks}, scores {totals}; if most rows say so, the last rank is the best one")
+    return ranked(prompt, responses, [None if r is None else -r for r in ranks], picture) | {"category": folder_of(picture)}
+
+
+def folder_of(picture) -> str:
+    """MM-RLHF's subset: short, long, mcq, safety or video. Also under an extra top folder, which some of its archives have."""
+    return next((part for part in str(picture).split("/") if part in ("short", "long", "mcq", "safety", "video")), "")
+
+
+def rlaif_v(row: dict) -> dict:
+    """openbmb/RLAIF-V-Dataset, 83,132 pairs, CC BY-NC 4.0. Trap: VL-RewardBench is drawn from it too; decontaminate."""
+    return pair(*need(row, "question", "chosen", "rejected", "image"))
+
+
+def mmpr(row: dict) -> dict:
+    """OpenGVLab/MMPR-v1.2, about 3M pairs of which the paper uses 2M, MIT. Source: meta.json, whose repeat_time is obeyed.
+
+    Trap: a rejected response may be the chosen one, cut in half and continued without the image. Rows without an image are text-only.
+    """
+    return pair(*need(row, "question", "chosen", "rejected"), row.get("image") or row.get("video") or [])
+
+
+def mmif(row: dict) -> dict:
+    """ChrisDing1105/MMIF-23k, the DPO part, Apache-2.0. Trap: files for fine-tuning lie beside it, and v1 (the paper's 22k) differs from v2."""
+    turns, chosen, rejected, images = need(row, "conversations", "chosen", "rejected", "images|image")
+    return pair(chat(turns), *need(chosen, "value"), *need(rejected, "value"), images)
+
+
+def omnialign(row: dict) -> dict:
+    """PhoenixZ/OmniAlign-V-DPO, 133k pairs, licence not stated. Trap: rejected responses come from a weaker model and are shorter."""
+    prompt, chosen, rejected, image = need(row, "prompt", "chosen", "rejected", "image")
+    return pair(MARK.sub("", prompt).strip(), chosen, rejected, image)
+
+
+def ultrafeedback_all(row: dict) -> dict:
+    """openbmb/UltraFeedback, 63,967 prompts with 4 responses, MIT: every untied pair by the mean of the aspects' ratings.
+
+    Trap: `overall_score` held thousands of wrong tens until December 2023; `fine-grained_score` did not. The paper names neither.
+    """
+    prompt, completions = need(row, "instruction", "completions")
+    rated = [need(completion, "response", "fine-grained_score") for completion in completions]
+    return ranked(prompt, [response for response, _ in rated], [score for _, score in rated])
+
+
+def ultrafeedback_hard(row: dict) -> dict:
+    """UltraFeedback's widest-gap pair of every prompt: best against worst (Table 4's "Ultra-Hard", 63k)."""
+    made = ultrafeedback_all(row)
+    return pair(made["prompt"], made["responses"][0], made["responses"][-1])
+
+
+def shp(row: dict) -> dict:
+    """stanfordnlp/SHP, 348,718 pairs of Reddit comments in `train`, Reddit's terms. Trap: labels 1 means A; one public loader has it reversed."""
+    prompt, a, b, label, score_a, score_b = need(row, "history", "human_ref_A", "human_ref_B", "labels", "score_A", "score_B")
+    if label not in (0, 1) or (score_a > score_b) != (label == 1):
+        raise ValueError(f"label against its scores: labels {label}, score_A {score_a}, score_B {score_b}")
+    return pair(prompt, a, b) if label == 1 else pair(prompt, b, a)
+
+
+def message_lists(row: dict) -> dict:
+    """chosen and rejected as whole conversations. The prompt is what they share, whatever a `prompt` column says; any number of turns.
+
+    tulu3-if       allenai/tulu-3-IF-augmented-on-policy-70b, 65.6k, ODC-BY, parts not for commercial use
+    olmo2          allenai/olmo-2-0425-1b-preference-mix, about 378k, ODC-BY, parts not for commercial use; has no `prompt` column
+    wildchat-uf    allenai/tulu-3-wildchat-ultrafeedback, ODC-BY. Trap: there is no `train` split; all are read but wildchat_unused (56,034)
+    skywork        Skywork/Skywork-Reward-Preference-80K-v0.2, about 77k, licence not stated
+    """
+    chosen, rejected = need(row, "chosen", "rejected")
+    prompt, responses = from_trl({"chosen": chosen, "rejected": rejected} | ({} if len(chosen) > 1 else {"prompt": row.get("prompt")}))
+    return pair(prompt, *responses)
+
+
+def swe_arena(row: dict) -> dict:
+    """bigcode/swe-arena-preference-5k (now bigcodearena-preference-5k), 5.1k votes, bigcode-openrail-m; votes for neither side are ties.
+
+    Trap: each side has a conversation of its own. Where they part before the last reply, the prompt is the bare `instruction`.
+    """
+    feedback, states, instruction = need(row, "feedback", "states", "instruction")
+    (vote,), sides = need(feedback, "vote_type"), [need(state, "messages")[0] for state in need(states, "model_A", "model_B")]
+    if vote not in ("vote_left", "vote_right", "vote_model_A", "vote_model_B"):
+        raise ValueError(f"tie or no vote: vote_type is {vote!r}")
+    sides = [[{"role": "user" if role.lower() == "user" else "assistant", "content": text} for role, text in side] for side in sides]
+    chosen, rejected = sides if vote in ("vote_left", "vote_model_A") else sides[::-1]
+    prompt = chosen[:-1] if chosen[:-1] == rejected[:-1] else instruction
+    return pair(prompt, text_of(chosen[-1]), text_of(rejected[-1]))
+
+
+def vlfeedback(row: dict) -> dict:
+    """MMInstruction/VLFeedback, 80,258 prompts with 4 responses, CC BY 4.0: every untied pair by the mean rating of three aspects.
+
+    Trap: `completions` is a list of dicts or a dict of lists, by the release; a response with one rating that is no number is left out.
+    """
+    prompt, completions, image = need(row, "prompt", "completions", "image|img_path")
+    if isinstance(completions, list):
+        completions = dict(zip(("response", "annotations"), zip(*[need(c, "response", "annotations") for c in completions])))
+    responses, annotations = need(completions, "response", "annotations")
+    scores = []
+    for aspects in annotations:
+        try:
+            scores.append(sum(float(need(aspect, "Rating")[0]) for aspect in aspects.values()) / len(aspects))
+        except (TypeError, ValueError, ZeroDivisionError):
+            scores.append(None)
+    return ranked(prompt, responses, scores, image)
+
+
+def rlhf_v(row: dict) -> dict:
+    """openbmb/RLHF-V-Dataset, 5,733 pairs, CC BY-NC 4.0. Trap: question and responses are JSON inside the string `text`."""
+    text, image = need(row, "text", "image")
+    return pair(*need(json.loads(text), "question", "chosen", "rejected"), image)
+
+
+CRITIC = re.compile(r"Question: \[(.*?)\]\s*\n\s*(?:Response 1|Response A|The first response): \[(.*?)\]\s*\n\s*"
+                    r"(?:Response 2|Response B|The second response): \[(.*)\]", re.S)
+
+
+def llava_critic(row: dict) -> dict:
+    """lmms-lab/llava-critic-113k, config `pairwise`, 40,154 judgements of GPT-4o, Apache-2.0. Responses and verdict are inside the texts.
+
+    Trap: the set mixes several judges' formats; only "Question: [..] .. The better response: [..]" is read, the rest is counted as dropped.
+    """
+    turns, image = need(row, "conversations", "image")
+    asked, said = (turn["content"] for turn in chat(turns)[:2])
+    found, verdict = CRITIC.search(asked), re.search(r"better response: \[(first|second|1|2|A|B)\]", said)
+    if not found:
+        raise ValueError(f"another judge's format: {asked[:80]!r}")
+    if not verdict:
+        raise ValueError(f"tie or no verdict: {said[-80:]!r}")
+    question, first, second = found.groups()
+    return pair(question, *((first, second) if verdict[1] in ("first", "1", "A") else (second, first)), image)
+
+
+def own_pairs(row: dict) -> dict:
+    """Rows of your own, native or TRL's (the three layouts at the top of data.py), to be curated like a published set."""
+    made = pair(*[""] * 3, row.get("images", row.get("image")) or [])
+    if "chosen" not in row and "rejected" not in row:
+        return row | {"images": made["images"]}
+    prompt, responses = from_trl(row)
+    return made | {"prompt": prompt, "responses": responses} | {key: row[key] for key in ("category", "answer", "critiques") if key in row}
+
+
+def vstar(row: dict) -> dict:
+    """craigwu/seal_vqa_data, RL prompts on small details (V*). Trap: its images (COCO, GQA) must be fetched from their own homes."""
+    turns, (image,) = [turn["content"] for turn in chat(row.get("conversations") or [])[:2]], need(row, "image")
+    question, answer = turns if len(turns) == 2 else need(row, "question", "answer")
+    return {"prompt": MARK.sub("", question).strip(), "images": [image], "answer": answer}
+
+
+def arxivqa(row: dict) -> dict:
+    """MMInstruction/ArxivQA, about 100k RL prompts on figures, CC BY-SA 4.0. Trap: some labels are no letter, and some options lack theirs."""
+    question, options, label, image = need(row, "question", "options", "label", "image")
+    if not re.match(r"[A-D]\b", str(label).strip()) or not isinstance(options, list):
+        raise ValueError(f"unparsable label: {label!r}")
+    lines = [o if re.match(r"[A-D][).:]", o) else f"{'ABCDEFGH'[i]}) {o}" for i, o in enumerate(options)]
+    return {"prompt": "\n".join([question, *lines, "Answer with the letter."]), "images": [image], "answer": str(label).strip()[0]}
+
+
+def thinklite(row: dict) -> dict:
+    """russwang/ThinkLite-VL-hard-11k, 11,031 RL prompts on mathematics and science, licence not checked. The image is raw bytes."""
+    problem, answer, image = need(row, "problem", "answer", "image")
+    return {"prompt": problem, "images": [image], "answer": answer}
+
+
+ANY = "train*.parquet *.parquet *.jsonl *.json"
+SETS = {  # name: (row -> comparison, files of a local folder: those of the first pattern that finds any, splits on the hub as config:split)
+    "r1-reward": (r1_reward, ANY, "train"),
+    "mm-rlhf": (mm_rlhf, "data.jsonl *.parquet dpo_pairs.jsonl", "train"),
+    "rlaif-v": (rlaif_v, ANY, "train"),
+    "mmpr": (mmpr, "meta.json *.jsonl", "train"),
+    "mmif": (mmif, "dpo/*.json *dpo*.json", "train"),
+    "omnialign": (omnialign, "*.jsonl", "train"),
+    "ultrafeedback-all": (ultrafeedback_all, ANY, "train"),
+    "ultrafeedback-hard": (ultrafeedback_hard, ANY, "train"),
+    "shp": (shp, "train.json train.jsonl *.parquet", "train"),
+    "tulu3-if": (message_lists, ANY, "train"),
+    "olmo2": (message_lists, ANY, "train"),
+    "wildchat-uf": (message_lists, "wildchat_[ir]*",
+                    "wildchat_if wildchat_reused_on_policy_8b wildchat_if_on_policy_70b wildchat_reused_on_policy_70b"),
+    "swe-arena": (swe_arena, ANY, "train"),
+    "vlfeedback": (vlfeedback, "*.parquet vlfeedback*.jsonl *.jsonl", "train"),
+    "rlhf-v": (rlhf_v, ANY, "train"),
+    "llava-critic": (llava_critic, "pairwise/*.parquet pairwise*.parquet *.jsonl *.json", "pairwise:train"),
+    "skywork": (message_lists, ANY, "train"),
+    "pairs": (own_pairs, "comparisons.jsonl *.jsonl *.parquet *.json", "train"),
+    "vstar": (vstar, "*_data.json *.json", "train"),
+    "arxivqa": (arxivqa, "*.jsonl *.parquet", "train"),
+    "thinklite": (thinklite, ANY, "train"),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# 7  Sources
+
+
+def json_rows(file: Path):
+    """(number, row) of a file of JSON Lines, rows still as bytes, or of one JSON list, which is read in pieces and never whole in memory."""
+    with open(file, "rb") as lines:
+        if lines.read(64).lstrip()[:1] != b"[":
+            lines.seek(0)
+            yield from ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+            return
+        lines.seek(0)
+        text, decode, number = io.TextIOWrapper(lines, "utf-8"), json.JSONDecoder().raw_decode, 0
+        buffer, at = text.read(1 << 20), 0
+        at = buffer.index("[") + 1
+        while True:
+            at = re.compile(r"[\s,]*").match(buffer, at).end()
+            if buffer.startswith("]", at):
+                return
+            try:
+                row, at = decode(buffer, at)
+            except json.JSONDecodeError as error:  # the row goes on in the next piece, or the file ends too early
+                more = text.read(1 << 20)
+                if not more or len(buffer) - at > 1 << 26:  # no row has 64 million characters
+                    raise BadRow(f"{file}: malformed JSON after row {number} ({error.msg}); is the download complete?") from None
+                buffer, at = buffer[at:] + more, 0
+                continue
+            number += 1
+            yield number, row
+
+
+def dataset_rows(source: str, files: list[str], splits: str):
+    """(split and number, row) of local parquet files or of a set on the hub, streamed, images left undecoded."""
+    try:
+        import datasets
+    except ImportError:
+        raise BadRow(f"{source}: parquet files and hub ids are read with the package `datasets`; pip install datasets") from None
+    for split in ["train"] if files else splits.split():
+        config, _, split = split.rpartition(":")
+        try:
+            stream = (datasets.load_dataset("parquet", data_files=files, split=split, streaming=True) if files else
+                      datasets.load_dataset(source, config or None, split=split, streaming=True))
+            yield from ((f"{split}:{number}", row) for number, row in enumerate(stream.decode(False), 1))
+        except (OSError, ValueError, RuntimeError) as error:  # no such set, no such split, no network, a damaged file
+            raise BadRow(f"{source}: cannot be read: {' '.join(str(error).split())[:300]}") from None
+
+
+def mmpr_files(meta: Path) -> list[tuple[Path, Path, float]]:
+    """(annotation file, image folder, repeat factor) of each part of MMPR. Its paths begin with MMPR-v1.2/, whatever your folder is called."""
+    parts = []
+    for name, part in json.loads(meta.read_text()).items():
+        root, annotation, repeat = need(part, "root", "annotation", "repeat_time")
+        root, annotation = (Path(inside(meta.parent, re.sub("^MMPR[^/]*/", "", path))) for path in (root, annotation))
+        if not annotation.is_file():
+            raise BadRow(f"{meta}: part {name} names {annotation}, which does not exist; unpack annotations.zip")
+        parts.append((annotation, root, repeat))
+    return parts
+
+
+def read_source(name: str, source: str):
+    """(place, row or its JSON, folder its images are relative to, copies) of every row of a published set."""
+    path, (_, patterns, splits) = Path(source), SETS[name]
+    if not path.exists():
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+            raise BadRow(f"{source} does not exist; --source is a file, a folder, or a hub id like openbmb/RLAIF-V-Dataset")
+        yield from ((place, row, Path("no folder: the set was read from the hub"), 1) for place, row in dataset_rows(source, [], splits))
+        return
+    files = [path] if path.is_file() else next(filter(None, (sorted(filter(Path.is_file, path.rglob(p))) for p in patterns.split())), [])
+    if not files:
+        raise BadRow(f"{source} holds no file of {name}: looked for {patterns.replace(' ', ', then ')}")
+    home = path if path.is_dir() else path.parent
+    for file, folder, repeat in mmpr_files(files[0]) if files[0].name == "meta.json" else [(file, home, 1) for file in files]:
+        label = os.path.relpath(file, home)
+        for number, row in dataset_rows(str(file), [str(file)], splits) if file.suffix == ".parquet" else json_rows(file):
+            if repeat >= 1 or digest(file.name, number) / 2**64 + 0.5 < repeat:  # a random part, the same each time
+                yield f"{label}:{number}", row, folder, max(int(repeat), 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# 8  Images
+
+Image.init()  # without it Pillow knows only some of the formats by name
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # pixels only: Pillow would hand an EPS to Ghostscript, a program that runs it
+BASE64 = ("data:image/", "/9j/", "iVBORw0KGgo", "UklGR", "R0lGOD")  # how a JPEG, PNG, WebP and GIF begin in base64
+
+
+def image_bytes(source, folder: Path) -> bytes:
+    """The encoded image behind bytes, base64 text, {bytes, path} (an Image column of `datasets`) or a path inside the folder."""
+    if isinstance(source, dict):
+        source = source.get("bytes") or source.get("path")
+    if isinstance(source, bytes):
+        return source
+    if isinstance(source, str) and source.startswith(BASE64):
+        return base64.b64decode(source.partition(",")[2] if source.startswith("data:") else source)
+    try:
+        return Path(inside(folder, source)).read_bytes()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"missing image: {error}") from None
+
+
+def load_image(source, folder: Path) -> tuple[str, dict, Image.Image]:
+    """(path to name it by, {file: encoded bytes}, its first frame) of an image, or of a video: a folder of frames, of which those are
+    taken that the model will look at, in the order of their names. All are decoded: nothing is stored that cannot be read."""
+    frames, suffix = [source], ""
+    if video := isinstance(source, str) and len(source) < 1000 and os.path.isdir(folder / source):
+        names = sorted(name for name in os.listdir(folder / source) if not name.startswith("."))
+        n = min(len(names), MAX_FRAMES)
+        frames = [os.path.join(source, names[round(i * (len(names) - 1) / max(n - 1, 1))]) for i in range(n)]
+        if not frames:
+            raise ValueError(f"missing image: the frame folder {source} is empty")
+    encoded, decoded = [image_bytes(frame, folder) for frame in frames], []
+    for data in encoded:
+        try:
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            suffix = {"JPEG": ".jpg"}.get(image.format, f".{image.format.lower()}")
+            decoded.append(open_image(image))
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            why = str(error).rpartition("cannot be used: ")[2]
+            raise ValueError(f"{'absurd aspect ratio' if 'narrower' in why else 'broken image'}: {why.partition('<')[0]}") from None
+    name = hashlib.blake2b(b"".join(hashlib.blake2b(data).digest() for data in encoded), digest_size=16).hexdigest()
+    name = f"images/{name[:2]}/{name}"  # 256 sub-folders: no folder holds a million files
+    files = {f"{name}/{i:02}{suffix}": data for i, data in enumerate(encoded)} if video else {f"{name}{suffix}": encoded[0]}
+    return name if video else f"{name}{suffix}", files, decoded[0]
+
+
+def thumbprint(image: Image.Image) -> int:
+    """64 bits that survive re-encoding and resizing: in a grey thumbnail of 9 x 8, whether a pixel's right neighbour is brighter by more
+    than 2 of 255 (a margin, since in flat areas only the noise of a JPEG differs)."""
+    grey = image.convert("L").resize((9, 8)).tobytes()
+    return sum((grey[9 * y + x + 1] > grey[9 * y + x] + 2) << (8 * y + x) for y in range(8) for x in range(8))
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# 9  Curation
+
+CLOSE = 4  # differing bits of 64 at which two images count as one; two unrelated images differ in some 20
+SHORT = 32  # characters: "Yes" and "No" do not tell where they come from, so below this the prompt must agree too
+
+
+def digest(*parts) -> int:
+    """64 bits of hash, signed. Among 2.8M rows two different ones agree with a probability of 2e-7."""
+    return int.from_bytes(hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).digest(), "little", signed=True)
+
+
+def plain(text: str) -> str:
+    return " ".join(MARK.sub(" ", text).lower().split())
+
+
+def text_of_prompt(prompt, images) -> str:
+    return "\n".join(message["content"] for message in to_messages(prompt, images))
+
+
+def pair_digests(prompt: str, responses, pairs) -> set[int]:
+    """One number for the two responses of each pair, in no order."""
+    texts = [tuple(sorted((plain(responses[w]), plain(responses[l])))) for w, l in pairs]
+    return {digest(*two, prompt if sum(map(len, two)) < SHORT else "") for two in texts}
+
+
+def read_benchmarks(folders) -> tuple[dict, dict]:
+    """Where each pair of responses stands, {digest: place}, and the images of each prompt, {digest: [(thumbprint, place), ...]}."""
+    by_pair, by_prompt = {}, {}
+    for folder in folders:
+        rows = read_comparisons(folder, needs_responses=False)
+        for i in range(len(rows)):
+            row, place = rows[i], f"{rows.file}:{rows.lines[i]}"
+            prompt = plain(text_of_prompt(row.prompt, row.images))
+            by_pair |= dict.fromkeys(pair_digests(prompt, row.responses, row.pairs), place)
+            for image in row.images:
+                first = open_frames(image)[0] if is_video(image) else open_image(image)
+                by_prompt.setdefault(digest(prompt), []).append((thumbprint(first), place))
+    return by_pair, by_prompt
+
+
+# One row of numbers about each comparison: 80 bytes, all that a conversion keeps of it in memory.
+FIELDS = ("same",  # hash of prompt, images and responses: equal for duplicates, whichever way they were judged
+          "verdict",  # hash of the winners and losers by text: differs between contradictory duplicates
+          "prompt",  # hash of prompt and images: what --hold_out keeps together
+          "pairs", "responses", "images", "prompt_tokens", "response_tokens",  # of the longest response
+          "longer_wins", "shorter_wins")  # pairs by characters
+
+
+def curate(made: dict, job: "Job", folder: Path, place: str) -> tuple[bytes, list[int], str]:
+    """(line to write, its numbers, place in a benchmark or "") of one comparison. ValueError with the reason if it is to be dropped."""
+    sources, responses, pairs = made.get("images") or [], made.get("responses") or [], made.get("pairs") or []
+    needs_responses = "answer" not in made or bool(responses)
+    if not needs_responses and not str(made["answer"] or "").strip():
+        raise ValueError("no answer: it is empty")
+    row = made | {"source": made.get("source") or job.name, "id": made.get("id") or place}
+    parse_row(row | {"images": ["a name"] * len(sources)}, job.out, needs_responses)  # what train.py will say of it, before images are opened
+    text = text_of_prompt(made["prompt"], sources)
+    prompt = plain(text)
+    if not prompt and not sources:
+        raise ValueError("the prompt is empty")
+    prompt_tokens, response_tokens = job.tokens(text), max(map(job.tokens, responses), default=0)
+    if prompt_tokens + response_tokens > job.max_tokens:
+        raise ValueError(f"over-long: {prompt_tokens} tokens of prompt, {response_tokens} of the longest response; --max_tokens {job.max_tokens}")
+    by_pair, by_prompt = job.benchmarks
+    known = next((by_pair[key] for key in sorted(pair_digests(prompt, responses, pairs)) if key in by_pair), "") if by_pair else ""
+    loaded = [load_image(source, folder) for source in sources]
+    for mark, benchmark in by_prompt.get(digest(prompt), []):
+        if any((thumbprint(image) ^ mark).bit_count() <= CLOSE for _, _, image in loaded):
+            known = known or benchmark
+    paths = [path for path, _, _ in loaded]
+    line = {"prompt": row["prompt"], "images": paths, "responses": responses, "pairs": pairs} | {
+        key: row[key] for key in ("id", "source", "category", "answer", "critiques") if row.get(key)}
+    if not known:
+        for path, data in itertools.chain.from_iterable(files.items() for _, files, _ in loaded):
+            if not (job.out / path).exists():  # the name is the content: two processes that write the same file write the same bytes
+                (job.out / path).parent.mkdir(parents=True, exist_ok=True)
+                (job.out / path).write_bytes(data)
+    texts = sorted((responses[w], responses[l]) for w, l in pairs)
+    numbers = [digest(prompt, paths, sorted(responses)), digest(texts, made.get("answer")), digest(prompt, paths), len(pairs), len(responses),
+               len(paths), prompt_tokens, response_tokens, sum(len(w) > len(l) for w, l in texts), sum(len(w) < len(l) for w, l in texts)]
+    return json.dumps(line, ensure_ascii=False).encode() + b"\n", numbers, known
+
+
+def judge(numbers: torch.Tensor, hold_out: int) -> torch.Tensor:
+    """What becomes of every row (rows, FIELDS): 0 kept, 1 held out, 2 a duplicate of an earlier row, 3 contradicted by another row.
+
+    Duplicates agree in prompt, images and responses. The first is kept if all agree in the verdict too; if any does not, all go: nobody
+    knows which is right. (Their images stay in images/.) Held out are whole prompts, those with the smallest hash, until there are `hold_out` rows.
+    """
+    same, verdict, prompt = numbers[:, 0].contiguous(), numbers[:, 1], numbers[:, 2].contiguous()
+    _, group, count = torch.unique(same, return_inverse=True, return_counts=True)
+    order = torch.argsort(group, stable=True)
+    first = torch.zeros(len(same), dtype=torch.bool)
+    first[order[count.cumsum(0) - count]] = True  # `order` lists the groups one after the other, each in the order of its rows
+    fate = torch.where(first, 0, 2)
+    odd = verdict != verdict[order[count.cumsum(0) - count]][group]  # another verdict than the first of its kind
+    fate[torch.isin(group, group[odd])] = 3
+    kept = (fate == 0).nonzero()[:, 0]
+    if hold_out and len(kept):
+        _, group, count = torch.unique(prompt[kept], return_inverse=True, return_counts=True)  # sorted by hash
+        fate[kept[(count.cumsum(0) - count < hold_out)[group]]] = 1
+    return fate
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# 10  Conversion
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker process needs to know."""
+    name: str
+    out: Path
+    max_tokens: int
+    tokenizer: str
+    benchmarks: tuple
+
+    def tokens(self, text: str) -> int:
+        return len(TOKENIZER(text, add_special_tokens=False).input_ids) if self.tokenizer else (len(text.encode()) + 3) // 4
+
+
+def start_worker(job: Job) -> None:
+    global JOB, TOKENIZER
+    JOB, TOKENIZER = job, AutoTokenizer.from_pretrained(job.tokenizer) if job.tokenizer else None
+    if parent := multiprocessing.parent_process():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends the workers
+        # a worker whose parent was killed would wait for ever
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def convert_rows(items: list) -> list:
+    """For each item of `read_source`: (line, numbers, place in a benchmark, copies), or (None, reason, details, copies)."""
+    results = []
+    for place, row, folder, copies in items:
+        try:
+            row = json.loads(row) if isinstance(row, bytes) else row
+            made = SETS[JOB.name][0](row)
+            ids = {"id": str(row["id"])} if row.get("id") not in (None, "") else {}
+            results.append((*curate(ids | made, JOB, folder, place), copies))
+        except json.JSONDecodeError as error:
+            results.append((None, "malformed JSON", f"{place}: {error}", copies))
+        except (ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
+            reason = str(error) if isinstance(error, ValueError) else f"unexpected layout: {type(error).__name__}: {error}"
+            results.append((None, re.sub(r"\d+", "N", re.split("[:;]", reason, maxsplit=1)[0]), f"{place}: {reason}"[:300], copies))
+    return results
+
+
+def in_order(items, workers: int, job: Job, batch: int = 32):
+    """Results of `convert_rows`, in the order of the items whatever the number of workers, with a bounded number of items under way."""
+    batches = iter(lambda: list(itertools.islice(items, batch)), [])
+    if workers == 1:
+        start_worker(job)
+        yield from itertools.chain.from_iterable(map(convert_rows, batches))
+        return
+    with ProcessPoolExecutor(workers, initializer=start_worker, initargs=(job,)) as pool:
+        under_way = deque()
+        try:
+            for part in batches:
+                under_way.append(pool.submit(convert_rows, part))
+                if len(under_way) > 2 * workers:
+                    yield from under_way.popleft().result()
+            while under_way:
+                yield from under_way.popleft().result()
+        except BrokenProcessPool:
+            raise BadRow("a worker process was killed, most likely for want of memory; take fewer --workers") from None
+
+
+def convert(name: str, cfg: "Config") -> dict:
+    """Converts a published set as the command line asks, and returns the report. BadRow, one line, if nothing can be made of the source."""
+    dropped, examples, rows_in, contaminated, numbers = Counter(), {}, 0, 0, array("q")
+    workers = cfg.workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    if Path(cfg.source).is_dir() and Path(cfg.out).resolve().is_relative_to(Path(cfg.source).resolve()):
+        raise BadRow(f"--out {cfg.out} lies inside --source {cfg.source} and would be read as part of it; choose another folder")
+    with new_folder(cfg.out) as out:
+        job = Job(name, out, cfg.max_tokens, cfg.tokenizer, read_benchmarks(cfg.decontaminate))
+        items = itertools.islice(read_source(name, cfg.source), cfg.n or None)
+        with open(out / "draft", "wb") as draft, open(out / "contaminated.jsonl", "w", encoding="utf-8") as removed:
+            for line, values, more, copies in tqdm(in_order(items, workers, job), desc=name, unit=" rows", leave=False):
+                rows_in += copies
+                if line is None:
+                    dropped[values] += copies
+                    examples.setdefault(values, more)
+                elif more:
+                    contaminated += copies
+                    removed.write(json.dumps({"benchmark": more, "row": json.loads(line)}, ensure_ascii=False) + "\n")
+                else:
+                    for again in range(copies):
+                        numbers.extend([values[0] ^ again, *values[1:]])  # a repeated row is no duplicate of itself
+                        draft.write(line)
+                if not numbers and not contaminated and rows_in >= 1000:
+                    break
+        if dropped and not numbers and not contaminated:
+            reason, count = dropped.most_common(1)[0]
+            raise BadRow(f"{cfg.source}: not one of the first {rows_in} rows is a usable row of {name}; {count} times: {examples[reason]}")
+        if not rows_in:
+            raise BadRow(f"{cfg.source} holds no row")
+        if not cfg.decontaminate:
+            (out / "contaminated.jsonl").unlink()
+        table = torch.tensor([]).long() if not numbers else torch.frombuffer(numbers, dtype=torch.int64)  # shares the memory of `numbers`
+        table = table.view(-1, len(FIELDS))
+        fate = judge(table, cfg.hold_out)
+        names = ("comparisons.jsonl", "held_out.jsonl")
+        with open(out / "draft", "rb") as draft, open(out / names[0], "wb") as kept, open(out / names[1], "wb") as held_out:
+            for line, f in zip(draft, fate.tolist()):
+                if f < 2:
+                    (kept, held_out)[f].write(line)
+        os.unlink(out / "draft")
+        if not cfg.hold_out:
+            (out / "held_out.jsonl").unlink()
+        dropped += Counter({"duplicate of an earlier row": int((fate == 2).sum()), "contradicted by another row": int((fate == 3).sum()),
+                            "known to a benchmark": contaminated})
+        report = {"set": name, "source": cfg.source, "rows_in": rows_in, **summary(table[fate == 0]), "held_out": int((fate == 1).sum()),
+                  "dropped": dict(dropped.most_common()), "first_dropped": examples,
+                  "tokens_are": f"counted with {cfg.tokenizer}" if cfg.tokenizer else "estimated: 4 bytes of UTF-8 are one"}
+        if not report["comparisons"]:
+            raise BadRow(f"{cfg.source}: nothing is left of {rows_in} rows: {report['dropped']}, held out {report['held_out']}")
+        (out / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    return report
+
+
+def summary(table: torch.Tensor) -> dict:
+    """The figures of a report from the numbers (rows, FIELDS) of the comparisons that were kept."""
+    column = dict(zip(FIELDS, table.T))
+    k, count = torch.unique(column["responses"], return_counts=True)
+
+    def spread(tokens):
+        tokens = tokens.sort().values
+        return {name: int(tokens[round(q * (len(tokens) - 1))]) for name, q in (("median", 0.5), ("p99", 0.99), ("most", 1.0)) if len(tokens)}
+
+    longer, shorter = int(column["longer_wins"].sum()), int(column["shorter_wins"].sum())
+    return {"comparisons": len(table), "pairs": int(column["pairs"].sum()),
+            "with_images": round(int((column["images"] > 0).sum()) / max(len(table), 1), 4),
+            "responses_per_comparison": dict(zip(map(str, k.tolist()), count.tolist())),
+            "prompt_tokens": spread(column["prompt_tokens"]), "response_tokens": spread(column["response_tokens"]),
+            "longer_response_wins": round(longer / max(longer + shorter, 1), 4)}  # of the pairs with two lengths
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
 # The command line
 
 
 @dataclass(frozen=True)
 class Config:
+    source: str = HfArg(default="", help="the published set: a file, a folder, or a hub id")
     out: str = HfArg(default="", help="folder to write")
-    n: int = HfArg(default=0, help="synthetic: number of comparisons, else 1000; show: number of rows printed, else 10")
+    n: int = HfArg(default=0, help="read the first n rows, 0 for all; synthetic: draw n, 0 for 1000; show: print n, 0 for 10")
     seed: int = HfArg(default=0, help="synthetic: which comparisons")
+    workers: int = HfArg(default=0, help="processes; 0 takes all cores. The result is the same whatever their number")
+    max_tokens: int = HfArg(default=8192, help="drop comparisons whose prompt and longest response have more tokens (images not counted)")
+    tokenizer: str = HfArg(default="", help="count tokens with this tokenizer (folder or hub id); without one they are estimated")
+    decontaminate: list[str] = HfArg(default_factory=list, help="benchmark folders (comparisons.jsonl and images): rows they know are removed")
+    hold_out: int = HfArg(default=0, help="set at least so many comparisons apart in held_out.jsonl, whole prompts")
 
 
 def show(path, n: int) -> None:
@@ -517,25 +1192,26 @@ def show(path, n: int) -> None:
 
 
 def main(argv: list[str]) -> None:
-    import sets  # stands on this file, so it is imported only here, where the published sets are commands of this one
-
-    names = ("show", "synthetic", *sets.SETS)
+    names = ("show", "synthetic", *SETS)
     if not argv or argv[0] in ("-h", "--help"):
         print(f"{__doc__}\nNAME is one of {', '.join(names)}")
         HfArgumentParser(Config, prog="data.py NAME").parse_args(["--help"])
     name, rest = argv[0], argv[1:]
-    if name in sets.SETS:
-        return sets.main(argv)
     if name not in names:
         raise BadRow(f"unknown data set {name!r}; want one of {', '.join(names)}")
     folder = rest.pop(0) if name == "show" and rest and not rest[0].startswith("-") else ""
     (cfg,) = HfArgumentParser(Config, prog=f"data.py {name}").parse_args_into_dataclasses(rest)
     if name == "show":
-        show(folder, cfg.n or 10)
-    elif not cfg.out:
-        raise BadRow("--out FOLDER is missing: where to write the comparisons")
-    else:
+        return show(folder, cfg.n or 10)
+    if missing := [flag for flag in ("source", "out") if not getattr(cfg, flag) and (flag, name) != ("source", "synthetic")]:
+        raise BadRow(f"--{missing[0]} is missing; python data.py {name} --source PATH_OR_HUB_ID --out FOLDER")
+    if name == "synthetic":
         print(f"wrote {write_comparisons(cfg.out, synthetic(cfg.n or 1000, cfg.seed))}")
+        return
+    for key, value in convert(name, cfg).items():
+        for part, count in (value.items() if isinstance(value, dict) else [("", value)]):
+            print(f"{key.replace('_', ' ')}{part and ', ' + part}: {count}")
+    print(f"wrote {cfg.out}; look at it with: python data.py show {cfg.out}")
 
 
 if __name__ == "__main__":

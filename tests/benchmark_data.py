@@ -18,7 +18,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import data  # noqa: E402
-import sets  # noqa: E402
 
 
 def resident() -> str:
@@ -51,7 +50,7 @@ def main() -> None:
 
         start = time.time()
         if os.fork() == 0:  # in a process of its own, so that opening is measured without what conversion left behind
-            report = sets.convert("pairs", sets.Config(source=str(folder / "source.jsonl"), out=str(folder / "set"), workers=args.workers))
+            report = data.convert("pairs", data.Config(source=str(folder / "source.jsonl"), out=str(folder / "set"), workers=args.workers))
             seconds = time.time() - start
             print(f"converted {report['comparisons']} in {seconds:.0f} s, {args.rows / seconds:.0f} rows/s, {resident()}", flush=True)
             os._exit(0)

@@ -182,13 +182,14 @@ def test_a_written_folder_reads_back_the_same(tmp_path):
         write_comparisons(tmp_path / "drawn", comparisons, bar=False)
 
 
-def test_show_prints_rows_and_a_wrong_name_is_one_line(tmp_path):
-    def run(*arguments):
-        return subprocess.run([sys.executable, ROOT / "data.py", *arguments], capture_output=True, text=True)
-
-    assert run("synthetic", "--out", tmp_path / "drawn", "--n", "5").returncode == 0
-    shown = run("show", tmp_path / "drawn")
-    assert "5 comparisons" in shown.stdout and "beats" in shown.stdout and shown.returncode == 0
-    for arguments in (["nonsense"], ["show", tmp_path / "nowhere"], ["synthetic"]):
-        failed = run(*arguments)
-        assert failed.returncode != 0 and failed.stderr.startswith("data.py: ") and failed.stderr.count("\n") == 1
+def test_show_prints_rows_and_a_wrong_name_is_one_line(tmp_path, capsys):
+    data.main(["synthetic", "--out", str(tmp_path / "drawn"), "--n", "5"])
+    data.main(["show", str(tmp_path / "drawn"), "--n", "2"])
+    said = capsys.readouterr().out
+    assert "5 comparisons" in said and "beats" in said and said.count("--- row") == 2
+    for arguments, words in [(["nonsense"], "unknown data set 'nonsense'"), (["show", str(tmp_path / "nowhere")], "does not exist"),
+                             (["synthetic"], "--out is missing"), (["shp", "--out", "x"], "--source is missing")]:
+        with pytest.raises(BadRow, match=words):
+            data.main(arguments)
+    failed = subprocess.run([sys.executable, ROOT / "data.py", "nonsense"], capture_output=True, text=True)
+    assert failed.returncode != 0 and failed.stderr.startswith("data.py: ") and failed.stderr.count("\n") == 1

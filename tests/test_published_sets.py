@@ -21,7 +21,6 @@ from PIL import Image
 
 import data
 import model
-import sets
 
 ROOT = Path(__file__).resolve().parent.parent
 FIXTURES = ROOT / "tests" / "fixtures"
@@ -91,7 +90,7 @@ REQUIRED = {
 
 
 def convert(name, source, out, **flags):
-    return sets.convert(name, sets.Config(source=str(source), out=str(out), **{"workers": 1} | flags))
+    return data.convert(name, data.Config(source=str(source), out=str(out), **{"workers": 1} | flags))
 
 
 def comparisons(folder, needs_responses=True):
@@ -113,7 +112,7 @@ def pair_row(prompt, chosen="Yes, it is a red box on the table.", rejected="No, 
 def converted(tmp_path_factory):
     """Every set, converted once from its fixture: {name: (folder, report)}."""
     out = tmp_path_factory.mktemp("sets")
-    return {name: (out / name, convert(name, FIXTURES / name, out / name)) for name in sets.SETS}
+    return {name: (out / name, convert(name, FIXTURES / name, out / name)) for name in data.SETS}
 
 
 @pytest.mark.parametrize("name", WANTED)
@@ -129,7 +128,7 @@ def test_a_published_set_becomes_exactly_these_comparisons(converted, name):
 
 
 def test_every_set_has_a_fixture_and_a_list_of_required_fields():
-    assert set(sets.SETS) == set(WANTED) == set(REQUIRED)
+    assert set(data.SETS) == set(WANTED) == set(REQUIRED)
 
 
 @pytest.mark.parametrize("name", WANTED)
@@ -149,8 +148,8 @@ def test_a_training_step_runs_on_every_set(converted, tiny, name):
 def test_a_missing_field_is_named_beside_the_fields_that_are_there(name):
     """Where a card is wrong or a release has changed, the message must be enough to mend the function."""
     file = next(p for p in sorted((FIXTURES / name).rglob("*.json*")) if p.name not in ("meta.json", "dpo_pairs.jsonl") and "sft" not in p.parts)
-    row = json.loads(next(row for _, row in sets.json_rows(file))) if file.suffix == ".jsonl" or name == "shp" else next(sets.json_rows(file))[1]
-    data.parse_row(sets.SETS[name][0](row) | {"images": []}, Path("."), False) if "image" not in str(row) else sets.SETS[name][0](row)
+    row = json.loads(next(row for _, row in data.json_rows(file))) if file.suffix == ".jsonl" or name == "shp" else next(data.json_rows(file))[1]
+    data.parse_row(data.SETS[name][0](row) | {"images": []}, Path("."), False) if "image" not in str(row) else data.SETS[name][0](row)
     for fields in REQUIRED[name].split():
         broken = copy.deepcopy(row)
         for field in fields.split(","):
@@ -161,7 +160,7 @@ def test_a_missing_field_is_named_beside_the_fields_that_are_there(name):
             del inner[last]
         there = sorted(inner)[0] if inner else ""
         with pytest.raises(ValueError) as caught:
-            data.parse_row(sets.SETS[name][0](broken), Path("."))
+            data.parse_row(data.SETS[name][0](broken), Path("."))
         assert all(field.split(".")[-1] in str(caught.value) for field in fields.split(",")) and there in str(caught.value), caught.value
 
 
@@ -174,7 +173,7 @@ def test_the_pair_file_of_mm_rlhf_gives_pairs_and_critiques(tmp_path):
     row = json.loads((FIXTURES / "mm-rlhf" / "dpo_pairs.jsonl").read_text().splitlines()[0])
     for field in ("prompt", "chosen", "rejected", "image"):
         with pytest.raises(ValueError, match=f"no field {field}.*found.*id"):
-            sets.mm_rlhf({key: value for key, value in row.items() if key != field})
+            data.mm_rlhf({key: value for key, value in row.items() if key != field})
 
 
 def test_ranked_completions_without_a_rating_field_are_refused():
@@ -183,7 +182,7 @@ def test_ranked_completions_without_a_rating_field_are_refused():
         broken = copy.deepcopy(row)
         del broken["completions"][1][field]
         with pytest.raises(ValueError, match=f"no field {field}.*found.*overall_score"):
-            sets.ultrafeedback_all(broken)
+            data.ultrafeedback_all(broken)
 
 
 @pytest.mark.parametrize("name", ["r1-reward", "rlaif-v", "rlhf-v", "vlfeedback", "llava-critic", "ultrafeedback-all", "tulu3-if", "swe-arena", "thinklite"])
@@ -222,10 +221,10 @@ def test_a_json_list_is_read_in_pieces_wherever_they_part(tmp_path):
     """More than one piece of 1 MB, with texts that hold brackets and quotes; and a download that broke off is not taken for the end."""
     rows = [{"prompt": f'[{i}] "]}}, {{' + "é" * 700} for i in range(2000)]
     (tmp_path / "a.json").write_text("\n [ " + " ,\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + " ]\n", encoding="utf-8")
-    assert [row for _, row in sets.json_rows(tmp_path / "a.json")] == rows
+    assert [row for _, row in data.json_rows(tmp_path / "a.json")] == rows
     (tmp_path / "b.json").write_text((tmp_path / "a.json").read_text()[:-1000])
     with pytest.raises(data.BadRow, match="after row 1998.*download complete"):
-        list(sets.json_rows(tmp_path / "b.json"))
+        list(data.json_rows(tmp_path / "b.json"))
 
 
 def test_duplicates_go_once_and_contradictions_altogether(tmp_path):
@@ -315,7 +314,7 @@ def test_a_benchmark_in_memory_can_be_written_as_a_folder_to_decontaminate_with(
     rows = [model.Comparison("What is on the table?", ["A box of matches.", "A hat with a feather."], [(0, 1)], [noisy(1)]),
             model.Comparison("What happens?", ["A box moves.", "Nothing at all happens."], [(0, 1)], [str(FIXTURES / "mm-rlhf" / "video" / "clip9")])]
     data.write_comparisons(tmp_path / "bench", rows, bar=False)
-    by_pair, by_prompt = sets.read_benchmarks([tmp_path / "bench"])
+    by_pair, by_prompt = data.read_benchmarks([tmp_path / "bench"])
     assert len(by_pair) == len(by_prompt) == 2 and len(os.listdir(comparisons(tmp_path / "bench")[1].images[0])) == 3
 
 

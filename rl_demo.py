@@ -109,7 +109,7 @@ class Config:
     gradient_checkpointing: bool = HfArg(default=False, help="recompute activations in the backward pass: less memory, a third more time")
     eval_size: int = HfArg(default=240, help="prompts kept for evaluation, at most a tenth of --data; each gets G rollouts")
     save_every: int = HfArg(default=100, help="steps between checkpoints; 0: only when stopped")
-    sft_steps: int = HfArg(default=150, help="fine-tuning steps of the tiny policy before RL, 16 prompts each")
+    sft_steps: int = HfArg(default=400, help="fine-tuning steps of the tiny policy before RL, 16 prompts each")
 
     def resolved(self) -> "Config":
         """With the defaults that depend on the policy filled in, and nonsense refused."""
@@ -211,8 +211,9 @@ def save_policy(policy: Policy, folder: Path) -> None:
 def make_policy(cfg: Config, folder: Path, reward_model: RewardModel) -> None:
     """The start of the laptop run: the backbone of the tiny reward model with a fresh vocabulary head, fine-tuned on answers of mixed quality.
 
-    The backbone stands in for a pretrained one. For every prompt the policy is shown the right answer twice and a wrong one twice, so it comes to know
-    what is asked and what is in the picture, and says the right thing about half the time: RL is to make of it one that always does.
+    The backbone stands in for a pretrained one. For three quarters of the steps the policy learns the right answers; in the last one it is shown, for
+    every prompt, the right answer twice and a wrong one twice. So it knows what is in the picture, and says it about half the time: RL is to
+    make of it a policy that always does.
     """
     if sum(p.numel() for p in reward_model.parameters()) > 20e6:
         raise ValueError(f"the reward model {cfg.reward_model[0]} is not a tiny one; name a policy of its family with --policy")
@@ -222,14 +223,15 @@ def make_policy(cfg: Config, folder: Path, reward_model: RewardModel) -> None:
     lm.model.load_state_dict(reward_model.backbone.state_dict())
     policy, rng, n = Policy(lm.float(), reward_model.tokenizer, reward_model.image_processor).to(reward_model.device).train(), random.Random(cfg.seed), 16
     rows = synthetic(cfg.sft_steps * n, seed=2_000_000 + cfg.seed)  # pictures of their own: neither RL nor the examination shows them again
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
     for step in tqdm(range(cfg.sft_steps), desc="fine-tuning the tiny policy"):
         for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * min(1, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / cfg.sft_steps))
+            group["lr"] = 1e-3 * min(1, (step + 1) / 20, (cfg.sft_steps - step) / (0.3 * cfg.sft_steps))
         shown = []
         for c in rows[step * n:(step + 1) * n]:
             wrong = [r for r in c.responses if r != c.answer]
-            shown.append(replace(c, pairs=[], responses=[c.answer, c.answer, rng.choice(wrong), rng.choice(wrong)]))
+            mixed = [c.answer, c.answer, rng.choice(wrong), rng.choice(wrong)] if 4 * step >= 3 * cfg.sft_steps else [c.answer]
+            shown.append(replace(c, pairs=[], responses=mixed))
         loss = -policy(pack(shown, policy.tokenizer, policy.image_processor).to(policy.device)).mean()
         loss.backward()
         nn.utils.clip_grad_norm_(policy.parameters(), 1.0)

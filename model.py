@@ -39,7 +39,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import logging as transformers_logging
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -504,7 +505,7 @@ def load_processors(path_or_id, backbone, max_pixels=None):
         raise ValueError(f"{path_or_id}: the tokenizer lacks a chat template or the token {END}; take an instruction-tuned Qwen")
     if not hasattr(backbone, "visual"):
         return tokenizer, None
-    image_processor = AutoImageProcessor.from_pretrained(path_or_id, backend="pil")
+    image_processor = Qwen2VLImageProcessorPil.from_pretrained(path_or_id)
     if max_pixels:
         image_processor.size = {"shortest_edge": min(image_processor.size["shortest_edge"], max_pixels), "longest_edge": max_pixels}
     return tokenizer, image_processor
@@ -637,7 +638,6 @@ def tiny_backbone(directory, texts, seed=0, kind="qwen2_5_vl", vocab_size=512, w
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Config, Qwen2ForCausalLM
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen3Config, Qwen3ForCausalLM
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     special = ["<|endoftext|>", "<|im_start|>", END, "<|vision_start|>", "<|vision_end|>", IMAGE_PAD, VIDEO_PAD]
     bpe = Tokenizer(models.BPE())

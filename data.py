@@ -69,7 +69,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, HfArgumentParser
 from transformers.hf_argparser import HfArg
 
-from model import MARK, MAX_FRAMES, Comparison, is_video, open_frames, open_image, to_messages
+from model import FORMATS, MARK, MAX_FRAMES, Comparison, is_video, open_frames, open_image, to_messages
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 # 1  Processes
@@ -873,7 +873,6 @@ def read_source(name: str, source: str):
 # 8  Images
 
 Image.init()  # without it Pillow knows only some of the formats by name
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # pixels only: Pillow would hand an EPS to Ghostscript, a program that runs it
 BASE64 = ("data:image/", "/9j/", "iVBORw0KGgo", "UklGR", "R0lGOD")  # how a JPEG, PNG, WebP and GIF begin in base64
 
 

@@ -70,6 +70,7 @@ class Comparison:
 # 2  Images
 
 MAX_IMAGE_PIXELS = 89_478_485  # Pillow's own warning line: beyond it lies the decompression bomb, a file of kilobytes with 10^9 pixels
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # pixels only: Pillow would hand an EPS to Ghostscript, which runs programs
 MAX_ASPECT_RATIO = 200  # beyond it Qwen's image processor refuses
 MAX_FRAMES = 32  # of a video, evenly spaced (as MM-RLHF-RewardBench is scored)
 FRAME_SHARE = 8  # a frame of a video gets 1/8 of the pixels of an image; with two frames to a token, 32 frames cost what two images do
@@ -78,7 +79,7 @@ FRAME_SHARE = 8  # a frame of a video gets 1/8 of the pixels of an image; with t
 def open_image(source) -> Image.Image:
     """The RGB image in a file or already in memory, upright, fully decoded. ValueError, one line, if it cannot be trusted."""
     try:
-        image = source if isinstance(source, Image.Image) else Image.open(source)
+        image = source if isinstance(source, Image.Image) else Image.open(source, formats=FORMATS)
         width, height = image.size  # known from the header: nothing is decoded yet
         if width * height > MAX_IMAGE_PIXELS:
             raise ValueError(f"{width} x {height} pixels is more than {MAX_IMAGE_PIXELS}: a decompression bomb? Shrink the image")

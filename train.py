@@ -276,9 +276,10 @@ def main(cfg: Config, world: World) -> int:
     if cfg.gradient_checkpointing:
         raw_model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
     parameters = sum(p.numel() for p in raw_model.parameters())
-    model = raw_model
+    model, judges = raw_model, world
     if cfg.shard and world.world_size > 1:
         shard_model(raw_model, world)
+        judges = replace(world, rank=0, world_size=1)  # every rank scores everything: a sharded forward needs all of them each time
     elif world.world_size > 1:
         model = DistributedDataParallel(raw_model, device_ids=[world.local_rank] if world.device.type == "cuda" else None)
 
@@ -347,7 +348,7 @@ def main(cfg: Config, world: World) -> int:
                 state["recent_loss"] = (state["recent_loss"] + [row["loss"]])[-50:]
             if cfg.eval_every and (step + 1) % cfg.eval_every == 0 and step + 1 < steps:
                 some = held[:100]
-                rewards = score_all(raw_model.eval(), some, world, cfg.pack_tokens, on_bad_row=cfg.on_bad_row)
+                rewards = score_all(raw_model.eval(), some, judges, cfg.pack_tokens, on_bad_row=cfg.on_bad_row)
                 row["eval_accuracy"] = accuracy(some, rewards)
                 raw_model.train()
                 say(f"step {step + 1}: accuracy {row['eval_accuracy']:.3f} on {len(some)} held-out comparisons")
@@ -383,9 +384,9 @@ def main(cfg: Config, world: World) -> int:
         raw_model.save_pretrained(out, full)
     world.barrier()
     raw_model.eval()
-    rewards = score_all(raw_model, held, world, cfg.pack_tokens, "held-out", cfg.on_bad_row)
+    rewards = score_all(raw_model, held, judges, cfg.pack_tokens, "held-out" if first else "", cfg.on_bad_row)
     shuffled = shuffle_images(held, cfg.seed)
-    blind = score_all(raw_model, shuffled, world, cfg.pack_tokens, "images shuffled", cfg.on_bad_row)
+    blind = score_all(raw_model, shuffled, judges, cfg.pack_tokens, "images shuffled" if first else "", cfg.on_bad_row)
     blind = accuracy(shuffled, blind) if shuffled else None
     by_category = accuracy(held, rewards, by_category=True)
     summary = {"accuracy": accuracy(held, rewards), "accuracy_by_category": {name: a for name, (a, _) in by_category.items()},

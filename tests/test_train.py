@@ -111,11 +111,12 @@ def test_a_run_leaves_a_reward_model_its_log_and_a_summary(cfg):
     assert main(replace(cfg, overwrite=True, max_steps=1), ALONE) == 0
 
 
-def test_two_ranks_end_where_one_ends(cfg, tmp_path):
+@pytest.mark.parametrize("shard", [False, True])
+def test_two_ranks_end_where_one_ends(cfg, tmp_path, shard):
     """Six steps of AdamW at 1e-3. Gradients differ by rounding (1e-7), but Adam divides each by its own size, so that a weight whose
     gradient is as small as the rounding may move by up to the learning rate either way: hence 1e-3 relative for the weights."""
     assert main(cfg, ALONE) == 0
-    two = replace(cfg, out=str(tmp_path / "two"))
+    two = replace(cfg, out=str(tmp_path / "two"), shard=shard, eval_every=3)
     run = torchrun(2, "train.py", *flags(two))
     assert run.returncode == 0, run.stderr[-2000:]
     assert relative(weights(two.out), weights(cfg.out)) < 1e-3

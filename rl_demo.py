@@ -84,7 +84,7 @@ class Config:
     reward_model: list[str] = HfArg(default_factory=lambda: [DEFAULT_REWARD_MODEL], help="folders from train.py; several are an ensemble, which pays their mean")
     reward: list[str] = HfArg(default_factory=lambda: list(REWARDS), help="rule, model, hybrid, pairwise: one or several, run in turn")
     data: str = HfArg(default="", help="folder of prompts with answers (format: data.py); none: drawn pictures")
-    out: str = HfArg(default="runs/rl", help="run folder")
+    out: str = HfArg(default="runs/rl", help="run folder: policies, logs, table, curves and page")
     overwrite: bool = HfArg(default=False, help="delete what --out holds and start anew")
     resume: bool = HfArg(default=False, help="go on from the checkpoints in --out")
     combine: list[str] = HfArg(default_factory=list, help="run folders whose results to print as one table, instead of a run")

@@ -56,8 +56,9 @@ def test_no_script_loads_what_it_must_not():
 def commands():
     """Every command line of the README that runs one of the scripts, its continuation lines joined."""
     for line in re.sub(r"\\\n\s*", " ", README).splitlines():
-        if match := re.search(r"(?:^|&& |do |\s{4})(?:torchrun|python)(?: [^#]*?)? ?((?:data|train|evaluate|rl_demo)\.py)\b([^#;&`]*)", line):
-            yield match[1], [word.replace("$s", "0") for word in shlex.split(match[2])]
+        if match := re.search(r"\b(?:torchrun|python)\b[^#;&]*? ((?:data|train|evaluate|rl_demo)\.py)\b([^#;&`]*)", line):
+            words = shlex.split(match[2].replace("...", "").replace("$s", "0"))
+            yield match[1], [word for word in words if word not in ("|", "after")]
 
 
 def test_the_commands_of_the_readme_have_flags_that_exist():

@@ -328,13 +328,16 @@ def roll_out(policy: Policy, reward_models: list[RewardModel], named: list[tuple
             groups.append(Group(comparison, prompt, rollouts, texts, truncated, matches, torch.zeros(len(rollouts))))
     if not reward_models:
         return groups
-    ended = [replace_responses(g.prompt, [ids if ids[-1] == policy.end else [*ids, policy.end] for ids in g.rollouts]) for g in groups]
+    # Each distinct rollout is scored once. Not only to save time: the same words in two branches get rewards that differ in the last digit,
+    # and in a group that agrees on everything the division by the standard deviation would make advantages of +-1 from that digit.
+    distinct = [list(dict.fromkeys(map(tuple, g.rollouts))) for g in groups]
+    ended = [replace_responses(g.prompt, [[*ids] if ids[-1] == policy.end else [*ids, policy.end] for ids in d]) for g, d in zip(groups, distinct)]
     for members in fill_packs([e.tokens for e in ended], cfg.pack_tokens):
         with torch.no_grad():
             batch = pack([ended[m] for m in members]).to(policy.device)
             rewards = torch.stack([model(batch) for model in reward_models]).mean(dim=0).cpu()  # section 4.7: the plain mean is best
-        for m, part in zip(members, rewards.split(cfg.group_size)):
-            groups[m].model_rewards = part
+        for m, part in zip(members, rewards.split([len(distinct[m]) for m in members])):
+            groups[m].model_rewards = part[[distinct[m].index(tuple(ids)) for ids in groups[m].rollouts]]
     return groups
 
 

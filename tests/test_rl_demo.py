@@ -312,6 +312,16 @@ def test_two_ranks_take_the_steps_of_one(whole_run, flags, tmp_path):
     assert travelled > 0.1 and apart < 0.02 * travelled
 
 
+def test_equal_rollouts_are_paid_equally_to_the_last_bit(policy, tiny, monkeypatch):
+    """In fp32 the same words in two branches differ by a rounding, which the division by the standard deviation would blow up to +-1."""
+    ids, named = [265, 270, policy.end], [(i, c) for i, c in enumerate(visual_and_text())]
+    monkeypatch.setattr(rl, "generate", lambda _, prompts, *__: [[ids] * 7 + [[265, 271]]] + [[ids] * 8] * (len(prompts) - 1))
+    groups = rl.roll_out(policy, [tiny], named, prompts_of(policy, visual_and_text()), rl.Config(pack_tokens=300), 0)
+    assert groups[0].truncated.tolist() == [False] * 7 + [True] and len(groups[0].model_rewards.unique()) == 2
+    for kind in ("model", "hybrid", "pairwise"):
+        assert not any(rl.group_advantages(rl.reward(kind, g.matches, g.model_rewards, g.truncated)).any() for g in groups[1:])
+
+
 def test_an_ensemble_pays_the_mean_of_its_members(policy, tiny):
     other = copy.deepcopy(tiny)
     torch.nn.init.normal_(other.head[-1].weight)

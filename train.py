@@ -261,6 +261,8 @@ def main(cfg: Config, world: World) -> int:
     sets, held, weights = open_data(cfg)
     order = Order([s.pairs if hasattr(s, "pairs") else [len(c.pairs) for c in s] for s in sets], weights, cfg.batch_size, cfg.seed)
     steps = order.steps(cfg.epochs) if cfg.max_steps is None else cfg.max_steps
+    if not held:
+        say("fewer than ten rows, so none is held out and there will be no accuracy; give --eval_data FOLDER")
 
     # 3  Model
     path = cfg.backbone
@@ -346,9 +348,13 @@ def main(cfg: Config, world: World) -> int:
                    "lr": lr, "pairs": pairs_in_step, "tokens": int(sums[3]), "seconds": round(seconds, 3)}
             if pairs_in_step:
                 state["recent_loss"] = (state["recent_loss"] + [row["loss"]])[-50:]
-            if cfg.eval_every and (step + 1) % cfg.eval_every == 0 and step + 1 < steps:
+            if held and cfg.eval_every and (step + 1) % cfg.eval_every == 0 and step + 1 < steps:
                 some = held[:100]
-                rewards = score_all(raw_model.eval(), some, judges, cfg.pack_tokens, on_bad_row=cfg.on_bad_row)
+                try:
+                    rewards = score_all(raw_model.eval(), some, judges, cfg.pack_tokens, on_bad_row=cfg.on_bad_row)
+                except BadRow as error:  # known to all ranks alike; the steps so far are not lost
+                    reason, code = str(error), 1
+                    break
                 row["eval_accuracy"] = accuracy(some, rewards)
                 raw_model.train()
                 say(f"step {step + 1}: accuracy {row['eval_accuracy']:.3f} on {len(some)} held-out comparisons")
@@ -389,7 +395,7 @@ def main(cfg: Config, world: World) -> int:
     blind = score_all(raw_model, shuffled, judges, cfg.pack_tokens, "images shuffled" if first else "", cfg.on_bad_row)
     blind = accuracy(shuffled, blind) if shuffled else None
     by_category = accuracy(held, rewards, by_category=True)
-    summary = {"accuracy": accuracy(held, rewards), "accuracy_by_category": {name: a for name, (a, _) in by_category.items()},
+    summary = {"accuracy": accuracy(held, rewards) if held else None, "accuracy_by_category": {name: a for name, (a, _) in by_category.items()},
                "accuracy_images_shuffled": blind, "n": sum(n for _, n in by_category.values()),
                "n_by_category": {name: n for name, (_, n) in by_category.items()}, "n_comparisons": len(held),
                "final_loss": sum(state["recent_loss"]) / max(len(state["recent_loss"]), 1), "seconds": round(state["seconds"], 1),
@@ -401,7 +407,7 @@ def main(cfg: Config, world: World) -> int:
     write_curve(out)
     write_text(out / "summary.json", json.dumps(summary, indent=1) + "\n")
     (out / "checkpoint.pt").unlink(missing_ok=True)
-    print(f"\nheld-out accuracy {summary['accuracy']:.3f} on {summary['n']} pairs of {len(held)} comparisons, "
+    print(f"\nheld-out accuracy {summary['accuracy'] if held else math.nan:.3f} on {summary['n']} pairs of {len(held)} comparisons, "
           f"after {summary['pairs_seen']} pairs in {summary['seconds']:.0f} s")
     for name, (value, n) in by_category.items():
         print(f"  {name:<12} {value:.3f}  n {n}")

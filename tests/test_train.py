@@ -267,6 +267,19 @@ def test_bad_rows_stop_the_run_in_one_line_or_are_skipped_and_counted(cfg, drawn
     assert summary["pairs_seen"] == sum(len(row["pairs"]) for row, was in zip(rows, good) if row == was)
 
 
+def test_a_held_out_row_that_cannot_be_used_does_not_lose_the_steps_before_it(cfg, tmp_path, capsys):
+    rows = [Comparison("Which?", ["yes", "no"], [(0, 1)])] * 3
+    held = write_comparisons(tmp_path / "held", [*rows, synthetic(1, seed=4)[0]], bar=False)
+    for image in held.glob("images/*.png"):
+        image.unlink()
+    assert main(replace(cfg, eval_data=[str(held)], eval_every=2), ALONE) == 1
+    said = capsys.readouterr().err
+    assert "does not exist" in said and "2 steps are saved" in said
+    few = write_comparisons(tmp_path / "few", rows, bar=False)
+    assert main(replace(cfg, data=[str(few)], eval_data=[], overwrite=True, max_steps=1), ALONE) == 0
+    assert json.load(open(f"{cfg.out}/summary.json"))["accuracy"] is None
+
+
 def test_an_over_long_comparison_is_dropped_and_counted_never_cut(cfg, tmp_path):
     rows = [Comparison("Short?", ["yes", "no"], [(0, 1)])] * 7 + [Comparison("Long?", ["word " * 600, "no"], [(0, 1)])]
     folder = write_comparisons(tmp_path / "long", rows, bar=False)

@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AttentionInterface, AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import logging as transformers_logging
 
@@ -324,6 +324,38 @@ def branch_mask(comparison: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
     return same & (place[None, :] <= place[:, None]) & ((branch[None, :] == 0) | (branch[None, :] == branch[:, None]))
 
 
+def branch_blocks(pack: Pack) -> list[tuple[int, int, int, torch.Tensor]]:
+    """The same mask without its empty parts: for each comparison where it starts, where its prompt ends, where it ends, and the rows of
+    its own branch_mask that belong to its responses. Of a pack of ten comparisons the full table would be nine tenths False."""
+    prompts = torch.bincount(pack.comparison[pack.branch == 0]).tolist()
+    blocks, start = [], 0
+    for size, prompt in zip(torch.bincount(pack.comparison).tolist(), prompts):
+        part = slice(start, start + size)
+        blocks.append((start, start + prompt, start + size, branch_mask(pack.comparison[part], pack.branch[part])[prompt:]))
+        start += size
+    return blocks
+
+
+def attend_in_blocks(module, query, key, value, blocks, scaling=None, **_):
+    """Attention of a pack, for transformers' AttentionInterface (which hands over more than is needed here). query (1, heads, T, width of
+    a head); key and value have fewer heads. A prompt is plainly causal, a response looks at its prompt and at itself."""
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    out = []
+    for start, middle, end, mask in blocks:
+        prompt, responses, whole = slice(start, middle), slice(middle, end), slice(start, end)
+        out.append(F.scaled_dot_product_attention(query[:, :, prompt], key[:, :, prompt], value[:, :, prompt], is_causal=True, scale=scaling))
+        out.append(F.scaled_dot_product_attention(query[:, :, responses], key[:, :, whole], value[:, :, whole], attn_mask=mask, scale=scaling))
+    return torch.cat(out, dim=2).transpose(1, 2), None  # (1, T, heads, width of a head), no attention weights
+
+
+AttentionInterface.register("blocks", attend_in_blocks)
+
+
+def set_attention(backbone, name: str) -> None:
+    """"blocks" for packs; "sdpa" is the stock one, which takes packs too, with the full table, and is what everything else needs."""
+    backbone.set_attn_implementation({"text_config": name, "vision_config": "sdpa"} if hasattr(backbone, "visual") else name)
+
+
 # ---------------------------------------------------------------------------------------------------------------------------------
 # 6  The reward model
 
@@ -332,13 +364,13 @@ def hidden_states(backbone, pack: Pack) -> torch.Tensor:
     """Final hidden states (T, D) of a pack. `backbone` is a Qwen2.5-VL, a Qwen2-VL or a text decoder of transformers, without its
     vocabulary head; the policy of rl_demo.py comes through here too.
 
-    The seam for a faster attention: `attention_mask` below is a dense (T, T) table, which runs everywhere. On CUDA a FlexAttention
-    BlockMask made from the same two lines of `branch_mask` can stand in its place, with a function registered under
-    `transformers.AttentionInterface` that receives it untouched.
+    The seam for a faster attention: what is put into `mask` below reaches the attention function untouched. On CUDA a FlexAttention
+    BlockMask made from the lines of `branch_mask` can stand in its place, with a function registered beside `attend_in_blocks`.
     """
     decoder = getattr(backbone, "language_model", backbone)
     embeds = decoder.get_input_embeddings()(pack.input_ids)  # (T, D)
-    mask = {"full_attention": branch_mask(pack.comparison, pack.branch)[None, None]}  # (1, 1, T, T): batch of one row, all heads
+    in_blocks = decoder.config._attn_implementation == "blocks"  # else the dense table (1, 1, T, T): one row, all heads
+    mask = {"full_attention": branch_blocks(pack) if in_blocks else branch_mask(pack.comparison, pack.branch)[None, None]}
     if not hasattr(backbone, "visual"):  # a text decoder knows one kind of position
         positions = mrope_positions(pack, -1, -1)[:1]  # (1, T)
     else:
@@ -496,6 +528,7 @@ def load_backbone(path_or_id, dtype=torch.float32):
     layers = set(getattr(getattr(config, "text_config", config), "layer_types", None) or ["full_attention"])
     if layers != {"full_attention"}:
         raise ValueError(f"{path_or_id} has layers of kind {sorted(layers)}; the branch mask is defined for full attention only")
+    set_attention(backbone, "blocks")
     return backbone.eval()
 
 
@@ -595,8 +628,12 @@ def plain_rewards(model: RewardModel, comparisons: list[Encoded]) -> torch.Tenso
         positions = torch.stack([F.pad(p, (0, width - p.shape[1])) for p in positions], dim=1)  # (3, R, width)
     else:
         positions = torch.stack([F.pad(mrope_positions(p, -1, -1)[0], (0, width - len(p.input_ids))) for p in packs])  # (R, width)
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
-        hidden = model.backbone(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, **inputs).last_hidden_state
+    set_attention(model.backbone, "sdpa")
+    try:
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
+            hidden = model.backbone(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, **inputs).last_hidden_state
+    finally:
+        set_attention(model.backbone, "blocks")
     last = torch.stack([p.last_token[0] for p in packs])
     return model.head(hidden[torch.arange(len(rows), device=last.device), last].to(model.head[-1].weight.dtype))[:, 0]
 

@@ -27,7 +27,7 @@ from transformers.hf_argparser import HfArg, HfArgumentParser
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from model import Encoded, RewardModel, build_head, fill_packs, pack, pairwise_loss, plain_rewards, tiny_backbone  # noqa: E402
+from model import Encoded, RewardModel, build_head, fill_packs, pack, pairwise_loss, plain_rewards, set_attention, tiny_backbone  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ def make_model(cfg: Config, device) -> RewardModel:
     with torch.device(device):
         backbone = Qwen2_5_VLModel(config)
     torch.set_default_dtype(torch.float32)
+    set_attention(backbone, "blocks")
     width = config.text_config.hidden_size
     return RewardModel(backbone, build_head(width).to(device), None, None, {"head_layers": 2, "head_activation": "silu", "width": width})
 

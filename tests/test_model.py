@@ -186,6 +186,15 @@ def test_a_token_sees_its_prompt_and_its_own_branch_only():
     assert seen == [[0], [0, 1], [0, 1, 2], [0, 3], [4], [4, 5]]
 
 
+def test_attention_in_blocks_is_attention_with_the_full_table(tiny):
+    p = pack(encoded(tiny))
+    in_blocks = tiny(p)
+    m.set_attention(tiny.backbone, "sdpa")
+    with_table = tiny(p)
+    m.set_attention(tiny.backbone, "blocks")
+    assert (in_blocks - with_table).abs().max() < 1e-5 and tiny.backbone.language_model.config._attn_implementation == "blocks"
+
+
 # ----------------------------------------------------------------------------------------------- fast and plain
 
 

@@ -833,7 +833,8 @@ def receipt_line(facts: dict) -> str:
 def draw_curves(file, title: str, panels: list) -> None:
     """An SVG picture with one panel per entry of `panels`: (heading, {name: [(x, y), ...]}, {name: y of a dashed line})."""
     colours, width, height, gap = ("#1f5fbf", "#d2691e", "#2e8b57", "#8b3a8b", "#555555", "#b22222"), 380, 220, 60
-    out = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{len(panels) * (width + gap) + gap}" height="{height + 110}" '
+    size = (len(panels) * (width + gap) + gap, height + 110)
+    out = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{size[0]}" height="{size[1]}" viewBox="0 0 {size[0]} {size[1]}" '
            f'font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="white"/>'
            f'<text x="{gap}" y="24" font-size="15" font-weight="bold">{title}</text>']
     for number, (heading, series, lines) in enumerate(panels):

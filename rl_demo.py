@@ -731,7 +731,7 @@ def write_report(out: Path, cfg: Config) -> str:
     grid = "".join(f"<tr><td>{html.escape(line.strip('| ')).replace('|', '<td>')}" for line in markdown.splitlines()
                    if not line.startswith("|---"))
     write_text(out / "index.html", f"""<!doctype html><meta charset="utf-8"><title>GRPO with the reward model</title>
-<style>body{{font:15px sans-serif; margin:2em}} td{{padding:2px 10px; border-bottom:1px solid #ddd}} pre{{font-size:12px;
+<style>body{{font:15px sans-serif; margin:2em}} svg{{max-width:100%; height:auto}} td{{padding:2px 10px; border-bottom:1px solid #ddd}} pre{{font-size:12px;
 background:#f6f6f6; columns:2}}</style>
 <h1>GRPO with the reward model</h1><p>True accuracy in percent on {len(start["records"])} held-out prompts, {cfg.group_size} rollouts
 each at temperature 1, +- one standard error over prompts; reward: what is paid, at the start and at the end; r(x, y): the reward model's;

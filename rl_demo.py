@@ -28,8 +28,8 @@ At the first pass rho = 1, and the gradient is that of REINFORCE, A times the gr
 its images go once through the policy, once through the reference and once through each reward model, for all G rollouts.
 
 What it writes: OUT/policy (the tiny start, made here), OUT/start.json; for each reward OUT/REWARD/metrics.jsonl (a line a step),
-result.json, policy/ (the trained one, as transformers saves it) and checkpoint.pt while unfinished; then table.md, summary.json, curves.svg,
-rollouts.txt, and index.html, which shows all of these and needs no other file.
+result.json, policy/ (the trained one, as transformers saves it) and checkpoint.pt while unfinished; then table.md, summary.json,
+curves.svg, rollouts.txt, and index.html, which shows all of these and needs no other file.
 
 Read the curves side by side: a reward that rises while the true accuracy does not is being hacked.
 
@@ -65,8 +65,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig, HfArgumentParser, LogitsProcessor,
-                          LogitsProcessorList)
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig, HfArgumentParser,
+                          LogitsProcessor, LogitsProcessorList)
 from transformers.hf_argparser import HfArg
 
 from data import BadRow, Order, StopSignal, World, claim_folder, read_comparisons, setup, synthetic, write_state, write_text
@@ -81,7 +81,8 @@ DEFAULT_REWARD_MODEL = "runs/default"  # where train.py leaves it
 @dataclass(frozen=True)
 class Config:
     policy: str = HfArg(default="tiny", help="'tiny' (made on the spot), a folder, or a hub id such as Qwen/Qwen2.5-VL-3B-Instruct (paper)")
-    reward_model: list[str] = HfArg(default_factory=lambda: [DEFAULT_REWARD_MODEL], help="folders from train.py; several are an ensemble, which pays their mean")
+    reward_model: list[str] = HfArg(default_factory=lambda: [DEFAULT_REWARD_MODEL],
+                                    help="folders from train.py; several are an ensemble, which pays their mean")
     reward: list[str] = HfArg(default_factory=lambda: list(REWARDS), help="rule, model, hybrid, pairwise: one or several, run in turn")
     data: str = HfArg(default="", help="folder of prompts with answers (format: data.py); none: drawn pictures")
     out: str = HfArg(default="runs/rl", help="run folder: policies, logs, table, curves and page")
@@ -113,7 +114,8 @@ class Config:
 
     def resolved(self) -> "Config":
         """With the defaults that depend on the policy filled in, and nonsense refused."""
-        own = (dict(batch_size=16, lr=3e-4, max_new_tokens=10, pack_tokens=1024, max_steps=100 if not self.data else None) if self.policy == "tiny"
+        own = (dict(batch_size=16, lr=3e-4, max_new_tokens=10, pack_tokens=1024, max_steps=100 if not self.data else None)
+               if self.policy == "tiny"
                else dict(batch_size=256, lr=1e-6, max_new_tokens=512, pack_tokens=8192)) | {"clip_eps_high": self.clip_eps}
         cfg = replace(self, **{key: value for key, value in own.items() if getattr(self, key) is None})
         if wrong := [name for name in cfg.reward if name not in REWARDS]:
@@ -155,7 +157,8 @@ class Policy(nn.Module):
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             hidden = hidden_states(self.lm.model, pack)  # (T, D)
             place, before, _ = response_tokens(pack)
-            parts = [checkpoint(self.logprobs, hidden[b], pack.input_ids[p], use_reentrant=False) for b, p in zip(before.split(1024), place.split(1024))]
+            parts = [checkpoint(self.logprobs, hidden[b], pack.input_ids[p], use_reentrant=False)
+                     for b, p in zip(before.split(1024), place.split(1024))]
         return torch.cat(parts)
 
     def logprobs(self, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -184,7 +187,8 @@ def load_policy(path, max_pixels=None, dtype=torch.float32) -> Policy:
         try:
             config = AutoConfig.from_pretrained(path)
             kind = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
-            lm, info = kind.from_pretrained(path, config=config, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, output_loading_info=True)
+            lm, info = kind.from_pretrained(path, config=config, dtype=dtype, attn_implementation="sdpa", use_safetensors=True,
+                                            output_loading_info=True)
         except (OSError, RuntimeError, ValueError) as error:
             raise ValueError(f"cannot load a policy from {path}: {' '.join(str(error).split())[:400]}") from None
     named = (config.architectures or [""])[0]
@@ -192,7 +196,8 @@ def load_policy(path, max_pixels=None, dtype=torch.float32) -> Policy:
         raise ValueError(f"{path} is a {named or 'model'} without a vocabulary head and cannot write; give --policy an instruction-tuned "
                          f"checkpoint such as Qwen/Qwen2.5-VL-3B-Instruct, not a reward model")
     if info["missing_keys"] or info["unexpected_keys"]:
-        raise ValueError(f"{path} does not fit {named}: missing {sorted(info['missing_keys'])[:5]}, surplus {sorted(info['unexpected_keys'])[:5]}")
+        raise ValueError(f"{path} does not fit {named}: missing {sorted(info['missing_keys'])[:5]}, "
+                         f"surplus {sorted(info['unexpected_keys'])[:5]}")
     return Policy(lm.eval(), *load_processors(path, lm.model, max_pixels))
 
 
@@ -209,11 +214,12 @@ def save_policy(policy: Policy, folder: Path) -> None:
 
 
 def make_policy(cfg: Config, folder: Path, reward_model: RewardModel) -> None:
-    """The start of the laptop run: the backbone of the tiny reward model with a fresh vocabulary head, fine-tuned on answers of mixed quality.
+    """The start of the laptop run: the backbone of the tiny reward model with a fresh vocabulary head, fine-tuned on answers of mixed
+    quality.
 
-    The backbone stands in for a pretrained one. For three quarters of the steps the policy learns the right answers; in the last one it is shown, for
-    every prompt, the right answer twice and a wrong one twice. So it knows what is in the picture, and says it about half the time: RL is to
-    make of it a policy that always does.
+    The backbone stands in for a pretrained one. For three quarters of the steps the policy learns the right answers; in the last one it
+    is shown, for every prompt, the right answer twice and a wrong one twice. So it knows what is in the picture, and says it about half
+    the time: RL is to make of it a policy that always does.
     """
     if sum(p.numel() for p in reward_model.parameters()) > 20e6:
         raise ValueError(f"the reward model {cfg.reward_model[0]} is not a tiny one; name a policy of its family with --policy")
@@ -221,7 +227,8 @@ def make_policy(cfg: Config, folder: Path, reward_model: RewardModel) -> None:
     kind = AutoModelForImageTextToText if hasattr(reward_model.backbone, "visual") else AutoModelForCausalLM
     lm = kind.from_config(copy.deepcopy(reward_model.backbone.config), attn_implementation="sdpa")
     lm.model.load_state_dict(reward_model.backbone.state_dict())
-    policy, rng, n = Policy(lm.float(), reward_model.tokenizer, reward_model.image_processor).to(reward_model.device).train(), random.Random(cfg.seed), 16
+    policy, rng, n = (Policy(lm.float(), reward_model.tokenizer, reward_model.image_processor).to(reward_model.device).train(),
+                      random.Random(cfg.seed), 16)
     rows = synthetic(cfg.sft_steps * n, seed=2_000_000 + cfg.seed)  # pictures of their own: neither RL nor the examination shows them again
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
     for step in tqdm(range(cfg.sft_steps), desc="fine-tuning the tiny policy"):
@@ -270,7 +277,8 @@ class Dice(LogitsProcessor):
 
     def __call__(self, input_ids, logits):
         logits = logits.float()
-        noise = torch.stack([torch.empty(self.group_size, logits.shape[1], device=logits.device).exponential_(generator=g) for g in self.generators])
+        noise = torch.stack([torch.empty(self.group_size, logits.shape[1], device=logits.device).exponential_(generator=g)
+                             for g in self.generators])
         logits[:, self.never] = -torch.inf
         return logits - noise.view_as(logits).clamp(min=1e-30).log()  # -log of an exponential variable is a Gumbel variable
 
@@ -280,7 +288,8 @@ def generate(policy: Policy, prompts: list[Encoded], seeds: list[int], group_siz
     """2  Token ids of G rollouts for every prompt, by transformers' own `generate`: the slowest part of a real run.
 
     The seam for a faster engine: whatever takes prompts and gives token ids can stand here, if it samples at temperature 1 without top-k,
-    top-p or penalties, and has the weights of this step. The log-probabilities of the loss are never the engine's, always `Policy.forward`'s.
+    top-p or penalties, and has the weights of this step. The log-probabilities of the loss are never the engine's, always
+    `Policy.forward`'s.
 
     Prompts are padded on the left and read once; their keys and values are then repeated G times. Trap: transformers takes 3-D positions
     from `mm_token_type_ids` and falls back to 1-D ones without a word; the positions here are those of the pack, from `mrope_positions`.
@@ -291,7 +300,8 @@ def generate(policy: Policy, prompts: list[Encoded], seeds: list[int], group_siz
     mask = torch.stack([F.pad(torch.ones_like(p.input_ids), (width - len(p.input_ids), 0)) for p in packs])
     if hasattr(lm.model, "visual"):
         step = getattr(config.vision_config, "tokens_per_second", 1)
-        positions = [mrope_positions(p, config.image_token_id, config.video_token_id, config.vision_config.spatial_merge_size, step) for p in packs]
+        positions = [mrope_positions(p, config.image_token_id, config.video_token_id, config.vision_config.spatial_merge_size, step)
+                     for p in packs]
         for kind, token, suffix in (("image", config.image_token_id, ""), ("video", config.video_token_id, "_videos")):
             grids, pixels = split_by_kind(packs, token, config)
             if grids:
@@ -302,19 +312,22 @@ def generate(policy: Policy, prompts: list[Encoded], seeds: list[int], group_siz
     else:
         position_ids = (mask.cumsum(dim=1) - 1).clamp(min=0)
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        cache = lm.model(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], position_ids=position_ids[..., :-1], use_cache=True, **inputs).past_key_values
+        cache = lm.model(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], position_ids=position_ids[..., :-1], use_cache=True,
+                         **inputs).past_key_values
         cache.batch_repeat_interleave(group_size)
         # A configuration of our own: the checkpoint's may hold a repetition penalty, which the log-probabilities would know nothing of
         written = lm.generate(
-            input_ids=ids.repeat_interleave(group_size, dim=0), attention_mask=mask.repeat_interleave(group_size, dim=0), past_key_values=cache,
+            input_ids=ids.repeat_interleave(group_size, dim=0), attention_mask=mask.repeat_interleave(group_size, dim=0),
+            past_key_values=cache,
             logits_processor=LogitsProcessorList([Dice(seeds, group_size, policy.never, device)]),
-            generation_config=GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, repetition_penalty=1.0, eos_token_id=policy.end,
-                                               pad_token_id=policy.tokenizer.pad_token_id))[:, width:].tolist()
+            generation_config=GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, repetition_penalty=1.0,
+                                               eos_token_id=policy.end, pad_token_id=policy.tokenizer.pad_token_id))[:, width:].tolist()
     rollouts = [row[:row.index(policy.end) + 1] if policy.end in row else row for row in written]
     return [rollouts[i:i + group_size] for i in range(0, len(rollouts), group_size)]
 
 
-def roll_out(policy: Policy, reward_models: list[RewardModel], named: list[tuple], prompts: list[Encoded], cfg: Config, step) -> list[Group]:
+def roll_out(policy: Policy, reward_models: list[RewardModel], named: list[tuple], prompts: list[Encoded], cfg: Config,
+             step) -> list[Group]:
     """2 and 3  Groups of named prompts [(row, comparison), ...]: rollouts, matches with the answer, and the reward model's rewards."""
     groups, at_once = [], max(cfg.rollout_rows // cfg.group_size, 1)
     for at in range(0, len(named), at_once):
@@ -331,7 +344,8 @@ def roll_out(policy: Policy, reward_models: list[RewardModel], named: list[tuple
     # Each distinct rollout is scored once. Not only to save time: the same words in two branches get rewards that differ in the last digit,
     # and in a group that agrees on everything the division by the standard deviation would make advantages of +-1 from that digit.
     distinct = [list(dict.fromkeys(map(tuple, g.rollouts))) for g in groups]
-    ended = [replace_responses(g.prompt, [[*ids] if ids[-1] == policy.end else [*ids, policy.end] for ids in d]) for g, d in zip(groups, distinct)]
+    ended = [replace_responses(g.prompt, [[*ids] if ids[-1] == policy.end else [*ids, policy.end] for ids in d])
+             for g, d in zip(groups, distinct)]
     for members in fill_packs([e.tokens for e in ended], cfg.pack_tokens):
         with torch.no_grad():
             batch = pack([ended[m] for m in members]).to(policy.device)
@@ -344,10 +358,11 @@ def roll_out(policy: Policy, reward_models: list[RewardModel], named: list[tuple
 # ---------------------------------------------------------------------------------------------------------------------------------
 # 3, 4 and 6  Rewards, advantages, loss
 
-UNITS = {"cm": "cm", "centimeter": "cm", "centimeters": "cm", "centimetre": "cm", "centimetres": "cm", "mm": "mm", "m": "m", "meter": "m", "meters": "m",
-         "metre": "m", "metres": "m", "km": "km", "kilometers": "km", "kilometres": "km", "g": "g", "grams": "g", "kg": "kg", "kilograms": "kg",
-         "s": "s", "seconds": "s", "minutes": "min", "min": "min", "hours": "h", "h": "h", "%": "%", "percent": "%", "°": "°", "degree": "°",
-         "degrees": "°", "$": "$", "dollars": "$", "€": "€", "euros": "€"}
+UNITS = {"cm": "cm", "centimeter": "cm", "centimeters": "cm", "centimetre": "cm", "centimetres": "cm", "mm": "mm",
+         "m": "m", "meter": "m", "meters": "m", "metre": "m", "metres": "m", "km": "km", "kilometers": "km", "kilometres": "km",
+         "g": "g", "grams": "g", "kg": "kg", "kilograms": "kg",
+         "s": "s", "seconds": "s", "minutes": "min", "min": "min", "hours": "h", "h": "h",
+         "%": "%", "percent": "%", "°": "°", "degree": "°", "degrees": "°", "$": "$", "dollars": "$", "€": "€", "euros": "€"}
 BOXED = re.compile(r"<answer>(.*?)</answer>|\\boxed\{([^{}]*)\}", re.DOTALL)
 PREAMBLE = re.compile(r"^\W*(?:the )?(?:(?:final|correct|right) )?(?:answer|option|choice)(?: is)?\b[\s:]*", re.IGNORECASE)
 LETTER = re.compile(r"^\W*([A-Za-z])(?:\W*$|[).:](?:\s|$))")  # "A", "(a)", "B.", "C) red"; not "a red circle"
@@ -433,7 +448,8 @@ def kl_estimate(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Ten
     return torch.exp(d) - d - 1
 
 
-def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantage, tokens_in_step, clip_eps=0.2, clip_eps_high=0.2, kl_coef=0.0) -> torch.Tensor:
+def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantage, tokens_in_step, clip_eps=0.2, clip_eps_high=0.2,
+              kl_coef=0.0) -> torch.Tensor:
     """6  The clipped objective of PPO with a KL term, summed over tokens and divided by the tokens of the step. All inputs (tokens,).
 
     The smaller of the two products stops the pull on a token as soon as it has moved by eps in the direction that A wants; a token that
@@ -466,8 +482,10 @@ def make_batches(groups: list[Group], cfg: Config) -> list[Batch]:
     return out
 
 
-def take_step(model, reference: Policy, optimizer, batches: list[Batch], filler: Batch, cfg: Config, world: World, micro_steps: int, tokens: int):
-    """5 to 7  `passes` updates from one set of rollouts. Returns the sums of [loss, k3, clipped tokens] over this rank, and the gradient norms.
+def take_step(model, reference: Policy, optimizer, batches: list[Batch], filler: Batch, cfg: Config, world: World, micro_steps: int,
+              tokens: int):
+    """5 to 7  `passes` updates from one set of rollouts. Returns the sums of [loss, k3, clipped tokens] over this rank, and the gradient
+    norms.
 
     As in train.py all ranks make the same number of micro-steps, on `filler` at weight 0 where one has fewer, and the loss of each is
     divided by the tokens of all ranks, hence the factor world_size against the averaging of DDP. A gradient that is not finite skips its
@@ -485,12 +503,14 @@ def take_step(model, reference: Policy, optimizer, batches: list[Batch], filler:
                 if micro not in old:
                     with torch.no_grad():
                         old[micro], ref[micro] = logprobs.detach(), reference(packed)
-                loss = grpo_loss(logprobs[keep], old[micro][keep], ref[micro][keep], advantage[keep], tokens, cfg.clip_eps, cfg.clip_eps_high, cfg.kl_coef)
+                loss = grpo_loss(logprobs[keep], old[micro][keep], ref[micro][keep], advantage[keep], tokens,
+                                 cfg.clip_eps, cfg.clip_eps_high, cfg.kl_coef)
                 (loss * (weight * world.world_size)).backward()
             if weight:
                 ratio = torch.exp(logprobs.detach() - old[micro])
                 far = ((ratio > 1 + cfg.clip_eps_high) & (advantage > 0)) | ((ratio < 1 - cfg.clip_eps) & (advantage < 0))
-                sums += torch.stack([loss.detach() * tokens, kl_estimate(logprobs.detach(), ref[micro])[keep].sum(), far[keep].sum()]).double().cpu()
+                sums += torch.stack([loss.detach() * tokens, kl_estimate(logprobs.detach(), ref[micro])[keep].sum(),
+                                     far[keep].sum()]).double().cpu()
         norms.append(float(nn.utils.clip_grad_norm_(trained, cfg.clip)))
         if math.isfinite(norms[-1]):
             optimizer.step()
@@ -512,8 +532,8 @@ def open_prompts(cfg: Config) -> tuple[list, list[int], list[int]]:
     if cfg.reward == ["rule"] or "rule" in cfg.reward:
         without = [i for i in range(len(rows)) if not rows[i].answer]
         if without:
-            raise rows.bad_row(without[0], f"no `answer`, as in {len(without)} of the {len(rows)} rows; --reward rule needs one in each (model and pairwise "
-                                           f"need none, hybrid pays sigmoid(reward) where there is none)")
+            raise rows.bad_row(without[0], f"no `answer`, as in {len(without)} of the {len(rows)} rows; --reward rule needs one in each "
+                                           f"(model and pairwise need none, hybrid pays sigmoid(reward) where there is none)")
     n = min(cfg.eval_size, max(len(rows) // 10, 1))
     held = {i * len(rows) // n for i in range(n)}
     return rows, [i for i in range(len(rows)) if i not in held] or [0], sorted(held)
@@ -543,7 +563,8 @@ def load_reward_models(cfg: Config, world: World, say) -> list[RewardModel]:
         command, code = [sys.executable, str(Path(__file__).with_name("train.py")), "--out", DEFAULT_REWARD_MODEL], 0
         say(f"there is no reward model in {DEFAULT_REWARD_MODEL} yet: making one first, with {' '.join(command[1:])}")
         if world.rank == 0:  # a world of its own, whatever torchrun told this process
-            code = subprocess.run(command, env={k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}).returncode
+            code = subprocess.run(command, env={k: v for k, v in os.environ.items()
+                                                if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}).returncode
         if any(world.gather_objects(code)):
             raise ValueError(f"train.py could not make a reward model in {DEFAULT_REWARD_MODEL}; see its message above")
     dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
@@ -554,8 +575,8 @@ def check_families(policy: Policy, cfg: Config, reward_models: list[RewardModel]
     """The reward models read the policy's tokens and patches as they are, so both must mean the same by them."""
     for path, model in zip(cfg.reward_model, reward_models):
         if not policy.tokenizer.get_vocab().items() <= model.tokenizer.get_vocab().items():
-            raise ValueError(f"the reward model {path} has another tokenizer family than the policy {cfg.policy}: the same token has another number; "
-                             f"take a policy and a reward model that come from the same backbone family")
+            raise ValueError(f"the reward model {path} has another tokenizer family than the policy {cfg.policy}: the same token "
+                             f"has another number; take a policy and a reward model that come from the same backbone family")
 
 
 def make_optimizer(parameters: list, cfg: Config, world: World):
@@ -579,7 +600,8 @@ def load_checkpoint(file: Path, policy: Policy, optimizer, cfg: Config) -> dict:
     """Puts weights and optimiser back and returns the rest. ValueError if it was made under settings that shape the training otherwise."""
     state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     free, now = {"out", "overwrite", "resume", "combine", "reward", "rollout_rows", "gradient_checkpointing", "save_every"}, asdict(cfg)
-    if changed := [f"{key} was {old!r}, is {now.get(key)!r}" for key, old in state["config"].items() if key not in free and now.get(key) != old]:
+    if changed := [f"{key} was {old!r}, is {now.get(key)!r}" for key, old in state["config"].items()
+                   if key not in free and now.get(key) != old]:
         raise ValueError(f"{file} belongs to another run: {'; '.join(changed)}. Use the same flags, or another --out")
     policy.load_state_dict(state["policy"])
     optimizer.load_state_dict(state["optimizer"])
@@ -591,7 +613,8 @@ def load_checkpoint(file: Path, policy: Policy, optimizer, cfg: Config) -> dict:
 
 
 @torch.no_grad()
-def examine(policy: Policy, reference: Policy, reward_models, named: list[tuple], prompts: list[Encoded], cfg: Config, world: World) -> list[dict]:
+def examine(policy: Policy, reference: Policy, reward_models, named: list[tuple], prompts: list[Encoded], cfg: Config,
+            world: World) -> list[dict]:
     """One record for every held-out prompt, on every rank: its G rollouts with match and reward, their length and KL(pi | ref) per token.
 
     The rollouts are drawn at temperature 1, as in training: what the policy does on average, not what it would do at its best.
@@ -616,7 +639,8 @@ def rewards_of(record: dict, kind: str) -> torch.Tensor:
 
 
 def figures(records: list[dict], kind: str | None = None) -> dict:
-    """The table's numbers: accuracy by category and in all with its standard error over prompts, reward, r(x, y), KL and length per rollout."""
+    """The table's numbers: accuracy by category and in all with its standard error over prompts, reward, r(x, y), KL and length
+    per rollout."""
     share, by_category, rollouts = [statistics.fmean(r["matches"]) for r in records], {}, sum(len(r["texts"]) for r in records)
     for r, value in zip(records, share):
         by_category.setdefault(r["category"], []).append(value)
@@ -625,23 +649,27 @@ def figures(records: list[dict], kind: str | None = None) -> dict:
             "reward": statistics.fmean(rewards_of(r, kind).mean().item() for r in records) if kind else None,
             "model_reward": statistics.fmean(x for r in records for x in r["model_rewards"]),
             "kl": sum(r["kl_sum"] for r in records) / sum(r["tokens"] for r in records),
-            "length": sum(r["tokens"] for r in records) / rollouts, "truncated": sum(map(sum, (r["truncated"] for r in records))) / rollouts}
+            "length": sum(r["tokens"] for r in records) / rollouts,
+            "truncated": sum(map(sum, (r["truncated"] for r in records))) / rollouts}
 
 
 def table(rows: dict[str, dict], spread: dict[str, float]) -> str:
     """Markdown in the manner of Table 11: the start and each reward in a line, true accuracy in percent."""
     categories = list(rows["start"]["accuracy_by_category"])
-    lines = ["| policy | accuracy | " + " | ".join(categories) + " | reward | r(x, y) | KL | length | cut off |", "|---" * (len(categories) + 7) + "|"]
+    lines = ["| policy | accuracy | " + " | ".join(categories) + " | reward | r(x, y) | KL | length | cut off |",
+             "|---" * (len(categories) + 7) + "|"]
     for name, f in rows.items():
         paid = "" if f["reward"] is None else f"{f['reward_at_start']:.2f} -> {f['reward']:.2f}"
-        cells = [name, f"{100 * f['accuracy']:.1f} +- {100 * spread[name]:.1f}", *(f"{100 * f['accuracy_by_category'][c]:.1f}" for c in categories),
+        cells = [name, f"{100 * f['accuracy']:.1f} +- {100 * spread[name]:.1f}",
+                 *(f"{100 * f['accuracy_by_category'][c]:.1f}" for c in categories),
                  paid, f"{f['model_reward']:.2f}", f"{f['kl']:.3f}", f"{f['length']:.1f}", f"{100 * f['truncated']:.1f}%"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def combine(folders: list[str]) -> str:
-    """Means over finished runs as one table, the standard deviation of the accuracy over runs behind +-, and the gain over each run's own start."""
+    """Means over finished runs as one table, the standard deviation of the accuracy over runs behind +-, and the gain over each run's
+    own start."""
     if missing := [folder for folder in folders if not (Path(folder) / "summary.json").is_file()]:
         raise ValueError(f"{missing[0]} holds no summary.json; want the --out of finished runs")
     runs = [json.loads((Path(folder) / "summary.json").read_text())["policies"] for folder in folders]
@@ -672,7 +700,8 @@ def picture_of(comparison: Comparison) -> str:
 
 
 def write_report(out: Path, cfg: Config) -> str:
-    """table.md, summary.json, curves.svg, rollouts.txt and index.html from what the parts of the run have left in `out`; returns the table."""
+    """table.md, summary.json, curves.svg, rollouts.txt and index.html from what the parts of the run have left in `out`; returns the
+    table."""
     start = json.loads((out / "start.json").read_text())
     results = {kind: json.loads((out / kind / "result.json").read_text()) for kind in REWARDS if (out / kind / "result.json").exists()}
     rows = {"start": figures(start["records"])}
@@ -684,33 +713,41 @@ def write_report(out: Path, cfg: Config) -> str:
 
     def smooth(kind, key):  # means over 1/25 of the run
         log = [json.loads(line) for line in open(out / kind / "metrics.jsonl")]
-        parts = [[row for row in log[i:i + max(len(log) // 25, 1)] if row[key] is not None] for i in range(0, len(log), max(len(log) // 25, 1))]
+        parts = [[row for row in log[i:i + max(len(log) // 25, 1)] if row[key] is not None]
+                 for i in range(0, len(log), max(len(log) // 25, 1))]
         return [(part[-1]["step"], statistics.fmean(row[key] for row in part)) for part in parts if part]
 
-    panels = (("reward that is paid", "reward"), ("r(x, y), the reward model's", "model_reward"), ("true accuracy of the rollouts", "accuracy"),
-              ("KL to the start, per token", "kl"))
-    draw_curves(out / "curves.svg", f"GRPO, seed {cfg.seed}", [(heading, {kind: smooth(kind, key) for kind in results},
-                                                               {"start": rows["start"]["accuracy"]} if key == "accuracy" else {}) for heading, key in panels])
+    panels = (("reward that is paid", "reward"), ("r(x, y), the reward model's", "model_reward"),
+              ("true accuracy of the rollouts", "accuracy"), ("KL to the start, per token", "kl"))
+    draw_curves(out / "curves.svg", f"GRPO, seed {cfg.seed}", [
+        (heading, {kind: smooth(kind, key) for kind in results}, {"start": rows["start"]["accuracy"]} if key == "accuracy" else {})
+        for heading, key in panels])
     after, text, page = {kind: {r["row"]: r for r in result["records"]} for kind, result in results.items()}, [], []
     for row, picture in start["shown"]:
         before = next(r for r in start["records"] if r["row"] == row)
-        lines = [f"=== {before['prompt'] if isinstance(before['prompt'], str) else json.dumps(before['prompt'])}   (answer: {before['answer']})"]
+        lines = [f"=== {before['prompt'] if isinstance(before['prompt'], str) else json.dumps(before['prompt'])}   "
+                 f"(answer: {before['answer']})"]
         for kind in results:
             for name, record in ((f"{kind}, before", before), (f"{kind}, after", after[kind][row])):
                 paid, lines = rewards_of(record, kind), [*lines, f"--- {name}"]
-                for said, ok, cut, r, R, a in zip(record["texts"], record["matches"], record["truncated"], record["model_rewards"], paid.tolist(),
-                                                  group_advantages(paid, cfg.no_std).tolist()):
+                for said, ok, cut, r, R, a in zip(record["texts"], record["matches"], record["truncated"], record["model_rewards"],
+                                                  paid.tolist(), group_advantages(paid, cfg.no_std).tolist()):
                     lines.append(f"{'+' if ok else ' '} {said + ' [cut off]' * cut:<24} r {r:6.2f}   R {R:6.2f}   A {a:6.2f}")
         text.append("\n".join(lines))
         page.append(f"{picture}<pre>{html.escape(text[-1])}</pre>")
     legend = "+ marks a match with the answer; r is the reward model's reward, R the reward that is paid, A the advantage"
-    grid = "".join(f"<tr><td>{html.escape(line.strip('| ')).replace('|', '<td>')}" for line in markdown.splitlines() if not line.startswith("|---"))
+    grid = "".join(f"<tr><td>{html.escape(line.strip('| ')).replace('|', '<td>')}"
+                   for line in markdown.splitlines() if not line.startswith("|---"))
     write_text(out / "index.html", f"""<!doctype html><meta charset="utf-8"><title>GRPO with the reward model</title>
-<style>body{{font:15px sans-serif; margin:2em}} td{{padding:2px 10px; border-bottom:1px solid #ddd}} pre{{font-size:12px; background:#f6f6f6; columns:2}}</style>
-<h1>GRPO with the reward model</h1><p>True accuracy in percent on {len(start["records"])} held-out prompts, {cfg.group_size} rollouts each at temperature 1, +- one
-standard error over prompts; reward: what is paid, at the start and at the end; r(x, y): the reward model's; KL to the start, per token; length in tokens.</p>
+<style>body{{font:15px sans-serif; margin:2em}} td{{padding:2px 10px; border-bottom:1px solid #ddd}} \
+pre{{font-size:12px; background:#f6f6f6; columns:2}}</style>
+<h1>GRPO with the reward model</h1><p>True accuracy in percent on {len(start["records"])} held-out prompts, \
+{cfg.group_size} rollouts each at temperature 1, +- one
+standard error over prompts; reward: what is paid, at the start and at the end; r(x, y): the reward model's; \
+KL to the start, per token; length in tokens.</p>
 <table>{grid}</table><p>A reward that rises while the true accuracy does not is being hacked.</p>{(out / "curves.svg").read_text()}
-<h2>Some prompts, before and after</h2><p>{legend}.</p>{"".join(page)}<h2>Settings</h2><pre>{html.escape(json.dumps(asdict(cfg), indent=1))}</pre>""")
+<h2>Some prompts, before and after</h2><p>{legend}.</p>{"".join(page)}\
+<h2>Settings</h2><pre>{html.escape(json.dumps(asdict(cfg), indent=1))}</pre>""")
     write_text(out / "rollouts.txt", "\n\n".join([legend, *text]) + "\n")
     write_text(out / "table.md", markdown + "\n")
     write_text(out / "summary.json", json.dumps(summary, indent=1) + "\n")
@@ -720,7 +757,8 @@ standard error over prompts; reward: what is paid, at the start and at the end; 
 # ---------------------------------------------------------------------------------------------------------------------------------
 
 
-def grpo(kind: str, start, reference: Policy, reward_models, rows, train: list[int], exam: tuple, cfg: Config, world: World, stop: StopSignal, threads, say) -> int:
+def grpo(kind: str, start, reference: Policy, reward_models, rows, train: list[int], exam: tuple, cfg: Config, world: World,
+         stop: StopSignal, threads, say) -> int:
     """GRPO under one reward, from the start to result.json. Returns 0, or the exit status if told to stop or if it cannot go on."""
     folder, begun, first = Path(cfg.out) / kind, time.time(), world.rank == 0
     folder.mkdir(exist_ok=True)
@@ -729,8 +767,8 @@ def grpo(kind: str, start, reference: Policy, reward_models, rows, train: list[i
         policy.lm.gradient_checkpointing_enable({"use_reentrant": False})
     model = policy
     if world.world_size > 1:
-        model = DistributedDataParallel(policy, device_ids=[world.local_rank] if world.device.type == "cuda" else None, broadcast_buffers=False,
-                                        gradient_as_bucket_view=True)
+        model = DistributedDataParallel(policy, device_ids=[world.local_rank] if world.device.type == "cuda" else None,
+                                        broadcast_buffers=False, gradient_as_bucket_view=True)
     optimizer = make_optimizer(list(policy.parameters()), cfg, world)
     state = {"step": 0, "seconds": 0.0, "bad_gradients": 0, "bad_in_a_row": 0, "log": []}
     if cfg.resume and (folder / "checkpoint.pt").exists():
@@ -769,22 +807,25 @@ def grpo(kind: str, start, reference: Policy, reward_models, rows, train: list[i
         if tokens:
             sums, norms = take_step(model.train(), reference, optimizer, batches, filler, cfg, world, micro_steps, tokens)
         bad = sum(not math.isfinite(norm) for norm in norms)
-        state |= {"step": step + 1, "bad_gradients": state["bad_gradients"] + bad, "bad_in_a_row": state["bad_in_a_row"] + bad if bad else 0}
+        state |= {"step": step + 1, "bad_gradients": state["bad_gradients"] + bad,
+                  "bad_in_a_row": state["bad_in_a_row"] + bad if bad else 0}
 
         # Log, save
         known = [g for g in groups if g.comparison.answer]
-        own = [sum(len(g.rollouts) for g in groups), sum(g.rewards.sum().item() for g in groups), sum(g.model_rewards.sum().item() for g in groups),
-               sum(len(g.rollouts) for g in known), sum(g.matches.sum().item() for g in known), sum(len(ids) for g in groups for ids in g.rollouts),
+        own = [sum(len(g.rollouts) for g in groups), sum(g.rewards.sum().item() for g in groups),
+               sum(g.model_rewards.sum().item() for g in groups), sum(len(g.rollouts) for g in known),
+               sum(g.matches.sum().item() for g in known), sum(len(ids) for g in groups for ids in g.rollouts),
                sum(g.truncated.sum().item() for g in groups), len(equal), len(groups), *sums]
         n, paid, r, n_known, right, length, cut, n_equal, n_groups, loss, kl, far = world.gather(own).sum(dim=0).tolist()
         row = {"step": step + 1, "reward": paid / n, "model_reward": r / n, "accuracy": right / n_known if n_known else None,
-               "kl": kl / max(tokens, 1), "length": length / n, "truncated": cut / n, "equal_groups": n_equal / n_groups, "clipped": far / max(tokens, 1),
-               "loss": loss / max(tokens, 1), "grad_norm": max(norms, default=0.0), "tokens": tokens, "seconds": round(time.time() - started, 3)}
+               "kl": kl / max(tokens, 1), "length": length / n, "truncated": cut / n, "equal_groups": n_equal / n_groups,
+               "clipped": far / max(tokens, 1), "loss": loss / max(tokens, 1), "grad_norm": max(norms, default=0.0),
+               "tokens": tokens, "seconds": round(time.time() - started, 3)}
         state["log"] = [*state["log"], row]
         if first:
             write_text(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in state["log"]))
-        bar.set_postfix_str(f"reward {row['reward']:.3f} accuracy {row['accuracy'] if n_known else math.nan:.3f} kl {row['kl']:.3f} length {row['length']:.1f} "
-                            f"equal {row['equal_groups']:.2f} norm {row['grad_norm']:.2f}")
+        bar.set_postfix_str(f"reward {row['reward']:.3f} accuracy {row['accuracy'] if n_known else math.nan:.3f} kl {row['kl']:.3f} "
+                            f"length {row['length']:.1f} equal {row['equal_groups']:.2f} norm {row['grad_norm']:.2f}")
         bar.update()
         if cfg.save_every and (step + 1) % cfg.save_every == 0 and step + 1 < steps:
             save_checkpoint(folder / "checkpoint.pt", policy, optimizer, world, state | {"seconds": state["seconds"] + time.time() - begun})
@@ -793,16 +834,19 @@ def grpo(kind: str, start, reference: Policy, reward_models, rows, train: list[i
     if reason:
         save_checkpoint(folder / "checkpoint.pt", policy, optimizer, world, state)
         if first:
-            print(f"rl_demo.py: {reason}\n{state['step']} steps under {kind} are saved in {folder}; to go on: the same command with --resume", file=sys.stderr)
+            print(f"rl_demo.py: {reason}\n{state['step']} steps under {kind} are saved in {folder}; "
+                  f"to go on: the same command with --resume", file=sys.stderr)
         return code
     records = examine(policy.eval(), reference, reward_models, *exam, cfg, world)
     if first:
         save_policy(policy, folder / "policy")
-        write_text(folder / "result.json", json.dumps({"records": records, "seconds": round(state["seconds"], 1), "bad_gradients": state["bad_gradients"]}) + "\n")
+        write_text(folder / "result.json", json.dumps({"records": records, "seconds": round(state["seconds"], 1),
+                                                       "bad_gradients": state["bad_gradients"]}) + "\n")
         (folder / "checkpoint.pt").unlink(missing_ok=True)
     world.barrier()
     f = figures(records, kind)
-    say(f"{kind}: true accuracy {f['accuracy']:.3f} +- {f['standard_error']:.3f} on {len(records)} held-out prompts after {steps} steps in {state['seconds']:.0f} s")
+    say(f"{kind}: true accuracy {f['accuracy']:.3f} +- {f['standard_error']:.3f} on {len(records)} held-out prompts "
+        f"after {steps} steps in {state['seconds']:.0f} s")
     return 0
 
 
@@ -826,7 +870,8 @@ def main(cfg: Config, world: World) -> int:
         if first and not start.exists():
             make_policy(cfg, start, reward_models[0])
         world.barrier()
-    reference = load_policy(start, cfg.max_pixels, torch.bfloat16 if world.device.type == "cuda" else torch.float32).to(world.device).requires_grad_(False)
+    dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
+    reference = load_policy(start, cfg.max_pixels, dtype).to(world.device).requires_grad_(False)
     check_families(reference, cfg, reward_models)
 
     # 4  The examination before
@@ -837,7 +882,8 @@ def main(cfg: Config, world: World) -> int:
         if first:
             kinds = {r["category"]: r["row"] for r in reversed(records) if "<image>" in r["prompt"]} | {r["row"]: r["row"] for r in records}
             shown = [(i, picture_of(rows[i])) for i in list(dict.fromkeys(kinds.values()))[:5]]
-            write_text(out / "start.json", json.dumps({"records": records, "shown": shown, "seconds": round(time.time() - began, 1)}) + "\n")
+            write_text(out / "start.json", json.dumps({"records": records, "shown": shown,
+                                                       "seconds": round(time.time() - began, 1)}) + "\n")
         say(f"start: true accuracy {figures(records)['accuracy']:.3f} on {len(records)} held-out prompts, {cfg.group_size} rollouts each")
     world.barrier()
 
@@ -850,7 +896,8 @@ def main(cfg: Config, world: World) -> int:
 
     # 6  Report
     if first:
-        print(f"\n{write_report(out, cfg)}\n\ntable.md, summary.json, curves.svg, rollouts.txt and index.html (open it in a browser) are in {out}")
+        print(f"\n{write_report(out, cfg)}\n\n"
+              f"table.md, summary.json, curves.svg, rollouts.txt and index.html (open it in a browser) are in {out}")
     return 0
 
 

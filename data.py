@@ -28,8 +28,8 @@ A data set is a folder with `comparisons.jsonl` and its images. Three rows that 
 critiques (one text per response). Paths are relative to the file and may not climb out of its folder; an entry of `images` that is a
 folder of frames is a video. A prompt without an <image> mark has its images in front.
 
-Conversion. The folder appears under its name when it is complete. A run that was killed leaves FOLDER.partial, which the next start throws away.
-Every row ends up in the folder, or in the report under the reason it was dropped for. Beside comparisons.jsonl there may be
+Conversion. The folder appears under its name when it is complete. A run that was killed leaves FOLDER.partial, which the next start
+throws away. Every row ends up in the folder, or in the report under the reason it was dropped for. Beside comparisons.jsonl there may be
 held_out.jsonl (--hold_out: validation rows, whole prompts, so that none is on both sides) and contaminated.jsonl (--decontaminate:
 what was removed, and for which row of which benchmark).
 
@@ -507,7 +507,8 @@ def write_comparisons(folder, comparisons, bar: bool = True) -> Path:
         for i, c in enumerate(tqdm(comparisons, disable=not bar, desc=Path(folder).name)):
             paths = [f"images/{i}-{j}" if is_video(image) else f"images/{i}-{j}.png" for j, image in enumerate(c.images)]
             for path, image in zip(paths, c.images):
-                frames = {path: image} if not is_video(image) else {f"{path}/{f:02}.png": frame for f, frame in enumerate(open_frames(image))}
+                frames = ({path: image} if not is_video(image)
+                          else {f"{path}/{f:02}.png": frame for f, frame in enumerate(open_frames(image))})
                 for place, frame in frames.items():
                     (partial / place).parent.mkdir(exist_ok=True)
                     open_image(frame).save(partial / place)
@@ -542,7 +543,8 @@ def need(row: dict, *names: str) -> list:
 
 def pair(prompt, chosen, rejected, images=()) -> dict:
     """images: one, or a list of them, here and below."""
-    return {"prompt": prompt, "responses": [chosen, rejected], "pairs": [(0, 1)], "images": images if isinstance(images, (list, tuple)) else [images]}
+    return {"prompt": prompt, "responses": [chosen, rejected], "pairs": [(0, 1)],
+            "images": images if isinstance(images, (list, tuple)) else [images]}
 
 
 def ranked(prompt, responses, scores, images=()) -> dict:
@@ -626,7 +628,10 @@ def mmpr(row: dict) -> dict:
 
 
 def mmif(row: dict) -> dict:
-    """ChrisDing1105/MMIF-23k, the DPO part, Apache-2.0. Trap: files for fine-tuning lie beside it, and v1 (the paper's 22k) differs from v2."""
+    """ChrisDing1105/MMIF-23k, the DPO part, Apache-2.0.
+
+    Trap: files for fine-tuning lie beside it, and v1 (the paper's 22k) differs from v2.
+    """
     turns, chosen, rejected, images = need(row, "conversations", "chosen", "rejected", "images|image")
     return pair(chat(turns), *need(chosen, "value"), *need(rejected, "value"), images)
 
@@ -654,7 +659,10 @@ def ultrafeedback_hard(row: dict) -> dict:
 
 
 def shp(row: dict) -> dict:
-    """stanfordnlp/SHP, 348,718 pairs of Reddit comments in `train`, Reddit's terms. Trap: labels 1 means A; one public loader has it reversed."""
+    """stanfordnlp/SHP, 348,718 pairs of Reddit comments in `train`, Reddit's terms.
+
+    Trap: labels 1 means A; one public loader has it reversed.
+    """
     prompt, a, b, label, score_a, score_b = need(row, "history", "human_ref_A", "human_ref_B", "labels", "score_A", "score_B")
     if label not in (0, 1) or (score_a > score_b) != (label == 1):
         raise ValueError(f"label against its scores: labels {label}, score_A {score_a}, score_B {score_b}")
@@ -750,7 +758,10 @@ def vstar(row: dict) -> dict:
 
 
 def arxivqa(row: dict) -> dict:
-    """MMInstruction/ArxivQA, about 100k RL prompts on figures, CC BY-SA 4.0. Trap: some labels are no letter, and some options lack theirs."""
+    """MMInstruction/ArxivQA, about 100k RL prompts on figures, CC BY-SA 4.0.
+
+    Trap: some labels are no letter, and some options lack theirs.
+    """
     question, options, label, image = need(row, "question", "options", "label", "image")
     if not re.match(r"[A-D]\b", str(label).strip()) or not isinstance(options, list):
         raise ValueError(f"unparsable label: {label!r}")
@@ -796,7 +807,8 @@ SETS = {  # name: (row -> comparison, files of a local folder: those of the firs
 
 
 def json_rows(file: Path):
-    """(number, row) of a file of JSON Lines, rows still as bytes, or of one JSON list, which is read in pieces and never whole in memory."""
+    """(number, row) of a file of JSON Lines, rows still as bytes, or of one JSON list, which is read in pieces and never whole
+    in memory."""
     with open(file, "rb") as lines:
         if lines.read(64).lstrip()[:1] != b"[":
             lines.seek(0)
@@ -839,7 +851,10 @@ def dataset_rows(source: str, files: list[str], splits: str):
 
 
 def mmpr_files(meta: Path) -> list[tuple[Path, Path, float]]:
-    """(annotation file, image folder, repeat factor) of each part of MMPR. Its paths begin with MMPR-v1.2/, whatever your folder is called."""
+    """(annotation file, image folder, repeat factor) of each part of MMPR.
+
+    Its paths begin with MMPR-v1.2/, whatever your folder is called.
+    """
     parts = []
     for name, part in json.loads(meta.read_text()).items():
         root, annotation, repeat = need(part, "root", "annotation", "repeat_time")
@@ -978,14 +993,16 @@ def curate(made: dict, job: "Job", folder: Path, place: str) -> tuple[bytes, lis
     if not needs_responses and not str(made["answer"] or "").strip():
         raise ValueError("no answer: it is empty")
     row = made | {"source": made.get("source") or job.name, "id": made.get("id") or place}
-    parse_row(row | {"images": ["a name"] * len(sources)}, job.out, needs_responses)  # what train.py will say of it, before images are opened
+    # What train.py will say of it, before images are opened
+    parse_row(row | {"images": ["a name"] * len(sources)}, job.out, needs_responses)
     text = text_of_prompt(made["prompt"], sources)
     prompt = plain(text)
     if not prompt and not sources:
         raise ValueError("the prompt is empty")
     prompt_tokens, response_tokens = job.tokens(text), max(map(job.tokens, responses), default=0)
     if prompt_tokens + response_tokens > job.max_tokens:
-        raise ValueError(f"over-long: {prompt_tokens} tokens of prompt, {response_tokens} of the longest response; --max_tokens {job.max_tokens}")
+        raise ValueError(f"over-long: {prompt_tokens} tokens of prompt, {response_tokens} of the longest response; "
+                         f"--max_tokens {job.max_tokens}")
     by_pair, by_prompt = job.benchmarks
     known = next((by_pair[key] for key in sorted(pair_digests(prompt, responses, pairs)) if key in by_pair), "") if by_pair else ""
     loaded = [load_image(source, folder) for source in sources]
@@ -1001,8 +1018,9 @@ def curate(made: dict, job: "Job", folder: Path, place: str) -> tuple[bytes, lis
                 (job.out / path).parent.mkdir(parents=True, exist_ok=True)
                 (job.out / path).write_bytes(data)
     texts = sorted((responses[w], responses[l]) for w, l in pairs)
-    numbers = [digest(prompt, paths, sorted(responses)), digest(texts, made.get("answer")), digest(prompt, paths), len(pairs), len(responses),
-               len(paths), prompt_tokens, response_tokens, sum(len(w) > len(l) for w, l in texts), sum(len(w) < len(l) for w, l in texts)]
+    numbers = [digest(prompt, paths, sorted(responses)), digest(texts, made.get("answer")), digest(prompt, paths),
+               len(pairs), len(responses), len(paths), prompt_tokens, response_tokens,
+               sum(len(w) > len(l) for w, l in texts), sum(len(w) < len(l) for w, l in texts)]
     return json.dumps(line, ensure_ascii=False).encode() + b"\n", numbers, known
 
 
@@ -1010,7 +1028,8 @@ def judge(numbers: torch.Tensor, hold_out: int) -> torch.Tensor:
     """What becomes of every row (rows, FIELDS): 0 kept, 1 held out, 2 a duplicate of an earlier row, 3 contradicted by another row.
 
     Duplicates agree in prompt, images and responses. The first is kept if all agree in the verdict too; if any does not, all go: nobody
-    knows which is right. (Their images stay in images/.) Held out are whole prompts, those with the smallest hash, until there are `hold_out` rows.
+    knows which is right. (Their images stay in images/.) Held out are whole prompts, those with the smallest hash, until there are
+    `hold_out` rows.
     """
     same, verdict, prompt = numbers[:, 0].contiguous(), numbers[:, 1], numbers[:, 2].contiguous()
     _, group, count = torch.unique(same, return_inverse=True, return_counts=True)
@@ -1150,7 +1169,8 @@ def summary(table: torch.Tensor) -> dict:
 
     def spread(tokens):
         tokens = tokens.sort().values
-        return {name: int(tokens[round(q * (len(tokens) - 1))]) for name, q in (("median", 0.5), ("p99", 0.99), ("most", 1.0)) if len(tokens)}
+        return {name: int(tokens[round(q * (len(tokens) - 1))])
+                for name, q in (("median", 0.5), ("p99", 0.99), ("most", 1.0)) if len(tokens)}
 
     longer, shorter = int(column["longer_wins"].sum()), int(column["shorter_wins"].sum())
     return {"comparisons": len(table), "pairs": int(column["pairs"].sum()),
@@ -1173,7 +1193,8 @@ class Config:
     workers: int = HfArg(default=0, help="processes; 0 takes all cores. The result is the same whatever their number")
     max_tokens: int = HfArg(default=8192, help="drop comparisons whose prompt and longest response have more tokens (images not counted)")
     tokenizer: str = HfArg(default="", help="count tokens with this tokenizer (folder or hub id); without one they are estimated")
-    decontaminate: list[str] = HfArg(default_factory=list, help="benchmark folders (comparisons.jsonl and images): rows they know are removed")
+    decontaminate: list[str] = HfArg(default_factory=list,
+                                     help="benchmark folders (comparisons.jsonl and images): rows they know are removed")
     hold_out: int = HfArg(default=0, help="set at least so many comparisons apart in held_out.jsonl, whole prompts")
 
 

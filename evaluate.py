@@ -556,7 +556,8 @@ def length_bias(rows) -> dict:
     ((value, low, high),) = bootstrap(torch.stack(list(sums.values())), lambda s: s[:, :1] / (s[:, 1:2] * s[:, 2:]).sqrt())
     found = figures(cells, {name: {name: 1} for name in cells})
     if value == value:  # not 0/0: some row has responses of different lengths and rewards
-        found["correlation of reward and length"] = {"value": value, "low": low, "high": high, "n": sum(len(row["rewards"]) for row in rows)}
+        found["correlation of reward and length"] = {"value": value, "low": low, "high": high,
+                                                     "n": sum(len(row["rewards"]) for row in rows)}
     return found
 
 

@@ -196,7 +196,8 @@ def load_policy(path, max_pixels=None, dtype=torch.float32) -> Policy:
         raise ValueError(f"{path} is a {named or 'model'} without a vocabulary head and cannot write; give --policy an instruction-tuned "
                          f"checkpoint such as Qwen/Qwen2.5-VL-3B-Instruct, not a reward model")
     if info["missing_keys"] or info["unexpected_keys"]:
-        raise ValueError(f"{path} does not fit {named}: missing {sorted(info['missing_keys'])[:5]}, surplus {sorted(info['unexpected_keys'])[:5]}")
+        raise ValueError(f"{path} does not fit {named}: missing {sorted(info['missing_keys'])[:5]}, "
+                         f"surplus {sorted(info['unexpected_keys'])[:5]}")
     return Policy(lm.eval(), *load_processors(path, lm.model, max_pixels))
 
 
@@ -527,8 +528,8 @@ def open_prompts(cfg: Config) -> tuple[list, list[int], list[int]]:
     if cfg.reward == ["rule"] or "rule" in cfg.reward:
         without = [i for i in range(len(rows)) if not rows[i].answer]
         if without:
-            raise rows.bad_row(without[0], f"no `answer`, as in {len(without)} of the {len(rows)} rows; --reward rule needs one in each (model and pairwise "
-                                           f"need none, hybrid pays sigmoid(reward) where there is none)")
+            raise rows.bad_row(without[0], f"no `answer`, as in {len(without)} of the {len(rows)} rows; --reward rule needs one in each "
+                                           f"(model and pairwise need none, hybrid pays sigmoid(reward) where there is none)")
     n = min(cfg.eval_size, max(len(rows) // 10, 1))
     held = {i * len(rows) // n for i in range(n)}
     return rows, [i for i in range(len(rows)) if i not in held] or [0], sorted(held)
@@ -558,7 +559,8 @@ def load_reward_models(cfg: Config, world: World, say) -> list[RewardModel]:
         command, code = [sys.executable, str(Path(__file__).with_name("train.py")), "--out", DEFAULT_REWARD_MODEL], 0
         say(f"there is no reward model in {DEFAULT_REWARD_MODEL} yet: making one first, with {' '.join(command[1:])}")
         if world.rank == 0:  # a world of its own, whatever torchrun told this process
-            code = subprocess.run(command, env={k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}).returncode
+            code = subprocess.run(command, env={k: v for k, v in os.environ.items()
+                                                if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}).returncode
         if any(world.gather_objects(code)):
             raise ValueError(f"train.py could not make a reward model in {DEFAULT_REWARD_MODEL}; see its message above")
     dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
@@ -569,8 +571,8 @@ def check_families(policy: Policy, cfg: Config, reward_models: list[RewardModel]
     """The reward models read the policy's tokens and patches as they are, so both must mean the same by them."""
     for path, model in zip(cfg.reward_model, reward_models):
         if not policy.tokenizer.get_vocab().items() <= model.tokenizer.get_vocab().items():
-            raise ValueError(f"the reward model {path} has another tokenizer family than the policy {cfg.policy}: the same token has another number; "
-                             f"take a policy and a reward model that come from the same backbone family")
+            raise ValueError(f"the reward model {path} has another tokenizer family than the policy {cfg.policy}: the same token "
+                             f"has another number; take a policy and a reward model that come from the same backbone family")
 
 
 def make_optimizer(parameters: list, cfg: Config, world: World):
@@ -633,7 +635,8 @@ def rewards_of(record: dict, kind: str) -> torch.Tensor:
 
 
 def figures(records: list[dict], kind: str | None = None) -> dict:
-    """The table's numbers: accuracy by category and in all with its standard error over prompts, reward, r(x, y), KL and length per rollout."""
+    """The table's numbers: accuracy by category and in all with its standard error over prompts, reward, r(x, y), KL and length
+    per rollout."""
     share, by_category, rollouts = [statistics.fmean(r["matches"]) for r in records], {}, sum(len(r["texts"]) for r in records)
     for r, value in zip(records, share):
         by_category.setdefault(r["category"], []).append(value)
@@ -661,7 +664,8 @@ def table(rows: dict[str, dict], spread: dict[str, float]) -> str:
 
 
 def combine(folders: list[str]) -> str:
-    """Means over finished runs as one table, the standard deviation of the accuracy over runs behind +-, and the gain over each run's own start."""
+    """Means over finished runs as one table, the standard deviation of the accuracy over runs behind +-, and the gain over each run's
+    own start."""
     if missing := [folder for folder in folders if not (Path(folder) / "summary.json").is_file()]:
         raise ValueError(f"{missing[0]} holds no summary.json; want the --out of finished runs")
     runs = [json.loads((Path(folder) / "summary.json").read_text())["policies"] for folder in folders]
@@ -692,7 +696,8 @@ def picture_of(comparison: Comparison) -> str:
 
 
 def write_report(out: Path, cfg: Config) -> str:
-    """table.md, summary.json, curves.svg, rollouts.txt and index.html from what the parts of the run have left in `out`; returns the table."""
+    """table.md, summary.json, curves.svg, rollouts.txt and index.html from what the parts of the run have left in `out`; returns the
+    table."""
     start = json.loads((out / "start.json").read_text())
     results = {kind: json.loads((out / kind / "result.json").read_text()) for kind in REWARDS if (out / kind / "result.json").exists()}
     rows = {"start": figures(start["records"])}
@@ -717,7 +722,8 @@ def write_report(out: Path, cfg: Config) -> str:
     after, text, page = {kind: {r["row"]: r for r in result["records"]} for kind, result in results.items()}, [], []
     for row, picture in start["shown"]:
         before = next(r for r in start["records"] if r["row"] == row)
-        lines = [f"=== {before['prompt'] if isinstance(before['prompt'], str) else json.dumps(before['prompt'])}   (answer: {before['answer']})"]
+        lines = [f"=== {before['prompt'] if isinstance(before['prompt'], str) else json.dumps(before['prompt'])}   "
+                 f"(answer: {before['answer']})"]
         for kind in results:
             for name, record in ((f"{kind}, before", before), (f"{kind}, after", after[kind][row])):
                 paid, lines = rewards_of(record, kind), [*lines, f"--- {name}"]
@@ -818,8 +824,8 @@ def grpo(kind: str, start, reference: Policy, reward_models, rows, train: list[i
         state["log"] = [*state["log"], row]
         if first:
             write_text(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in state["log"]))
-        bar.set_postfix_str(f"reward {row['reward']:.3f} accuracy {row['accuracy'] if n_known else math.nan:.3f} kl {row['kl']:.3f} length {row['length']:.1f} "
-                            f"equal {row['equal_groups']:.2f} norm {row['grad_norm']:.2f}")
+        bar.set_postfix_str(f"reward {row['reward']:.3f} accuracy {row['accuracy'] if n_known else math.nan:.3f} kl {row['kl']:.3f} "
+                            f"length {row['length']:.1f} equal {row['equal_groups']:.2f} norm {row['grad_norm']:.2f}")
         bar.update()
         if cfg.save_every and (step + 1) % cfg.save_every == 0 and step + 1 < steps:
             save_checkpoint(folder / "checkpoint.pt", policy, optimizer, world, state | {"seconds": state["seconds"] + time.time() - begun})
@@ -828,16 +834,19 @@ def grpo(kind: str, start, reference: Policy, reward_models, rows, train: list[i
     if reason:
         save_checkpoint(folder / "checkpoint.pt", policy, optimizer, world, state)
         if first:
-            print(f"rl_demo.py: {reason}\n{state['step']} steps under {kind} are saved in {folder}; to go on: the same command with --resume", file=sys.stderr)
+            print(f"rl_demo.py: {reason}\n{state['step']} steps under {kind} are saved in {folder}; "
+                  f"to go on: the same command with --resume", file=sys.stderr)
         return code
     records = examine(policy.eval(), reference, reward_models, *exam, cfg, world)
     if first:
         save_policy(policy, folder / "policy")
-        write_text(folder / "result.json", json.dumps({"records": records, "seconds": round(state["seconds"], 1), "bad_gradients": state["bad_gradients"]}) + "\n")
+        write_text(folder / "result.json", json.dumps({"records": records, "seconds": round(state["seconds"], 1),
+                                                       "bad_gradients": state["bad_gradients"]}) + "\n")
         (folder / "checkpoint.pt").unlink(missing_ok=True)
     world.barrier()
     f = figures(records, kind)
-    say(f"{kind}: true accuracy {f['accuracy']:.3f} +- {f['standard_error']:.3f} on {len(records)} held-out prompts after {steps} steps in {state['seconds']:.0f} s")
+    say(f"{kind}: true accuracy {f['accuracy']:.3f} +- {f['standard_error']:.3f} on {len(records)} held-out prompts "
+        f"after {steps} steps in {state['seconds']:.0f} s")
     return 0
 
 
@@ -873,7 +882,8 @@ def main(cfg: Config, world: World) -> int:
         if first:
             kinds = {r["category"]: r["row"] for r in reversed(records) if "<image>" in r["prompt"]} | {r["row"]: r["row"] for r in records}
             shown = [(i, picture_of(rows[i])) for i in list(dict.fromkeys(kinds.values()))[:5]]
-            write_text(out / "start.json", json.dumps({"records": records, "shown": shown, "seconds": round(time.time() - began, 1)}) + "\n")
+            write_text(out / "start.json", json.dumps({"records": records, "shown": shown,
+                                                       "seconds": round(time.time() - began, 1)}) + "\n")
         say(f"start: true accuracy {figures(records)['accuracy']:.3f} on {len(records)} held-out prompts, {cfg.group_size} rollouts each")
     world.barrier()
 
@@ -886,7 +896,8 @@ def main(cfg: Config, world: World) -> int:
 
     # 6  Report
     if first:
-        print(f"\n{write_report(out, cfg)}\n\ntable.md, summary.json, curves.svg, rollouts.txt and index.html (open it in a browser) are in {out}")
+        print(f"\n{write_report(out, cfg)}\n\n"
+              f"table.md, summary.json, curves.svg, rollouts.txt and index.html (open it in a browser) are in {out}")
     return 0
 
 

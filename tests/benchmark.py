@@ -1,4 +1,5 @@
-"""Pairs a second of the pack (each prompt once) against the stock way (one padded row per response, the image encoded for each), in one run.
+"""Pairs a second of the pack (each prompt once) against the stock way (one padded row per response, the image encoded for each), in
+one run.
 
     python tests/benchmark.py --mode score                                 two CPU cores, the tiny shape
     python tests/benchmark.py --mode train --k 4                           forward and backward; stock: 6 pairs x 2 rows
@@ -113,8 +114,8 @@ def main(cfg: Config) -> None:
     model = make_model(cfg, device)
     comparisons, training = make_comparisons(cfg, model.backbone.config), cfg.mode == "train"
     n_pairs = sum(len(c.pairs) for c in comparisons)
-    stock_items = [[Encoded(c.prompt_ids, [c.response_ids[w], c.response_ids[l]], [(0, 1)], c.pixel_values, c.image_grid_thw) for w, l in c.pairs]
-                   if training else [c] for c in comparisons]
+    stock_items = [[Encoded(c.prompt_ids, [c.response_ids[w], c.response_ids[l]], [(0, 1)], c.pixel_values, c.image_grid_thw)
+                    for w, l in c.pairs] if training else [c] for c in comparisons]
     members = fill_packs([c.tokens for c in comparisons], cfg.pack_tokens or (16384 if device == "cuda" else 1024))
     packs = [pack([comparisons[i] for i in part]).to(device) for part in members]
     in_order = [stock_items[i] for part in members for i in part]
@@ -140,7 +141,8 @@ def main(cfg: Config) -> None:
         return torch.cat(out)
 
     def gradient():
-        return torch.cat([p.grad.float().flatten() for name, p in model.named_parameters() if p.grad is not None and "embed_tokens" not in name])
+        return torch.cat([p.grad.float().flatten() for name, p in model.named_parameters()
+                          if p.grad is not None and "embed_tokens" not in name])
 
     # the same rewards and gradients, or no timing
     limit = 1e-4 if device == "cpu" else 0.05  # fp32; bf16
@@ -160,15 +162,18 @@ def main(cfg: Config) -> None:
             if device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             times[name].append(timed(lambda: step(way), device))
-            peak[name] = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+            peak[name] = (torch.cuda.max_memory_allocated() / 2**30 if device == "cuda"
+                          else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
     median = {name: statistics.median(seconds) for name, seconds in times.items()}
 
     tokens = sum(c.tokens for c in comparisons)
     stock_tokens = sum(len(c.prompt_ids) + len(ids) for items in stock_items for c in items for ids in c.response_ids)
     result = {"mode": cfg.mode, "shape": cfg.shape, "k": cfg.k, "pairs_per_s": {name: round(n_pairs / s, 2) for name, s in median.items()},
-              "ratio": round(median["stock"] / median["ours"], 2), "seconds": {name: [round(s, 3) for s in ss] for name, ss in times.items()},
+              "ratio": round(median["stock"] / median["ours"], 2),
+              "seconds": {name: [round(s, 3) for s in ss] for name, ss in times.items()},
               "tokens": {"ours": tokens, "stock": stock_tokens}, "difference": {name: float(f"{d:.1e}") for name, d in differences.items()},
-              "device": torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads"}
+              "device": (torch.cuda.get_device_name() if device == "cuda"
+                         else f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads")}
     if device == "cuda":
         # 2 operations for each weight and token forward, 4 more backward; attention's own products are not counted, nor embeddings
         vision = sum(p.numel() for p in model.backbone.visual.parameters())
@@ -178,8 +183,9 @@ def main(cfg: Config) -> None:
         result |= {"matrix_tflops": round(rate / 1e12), "share_of_matrix_rate": round(work / median["ours"] / rate, 3),
                    "peak_gib": {name: round(gib, 1) for name, gib in peak.items()}, "parameters": vision + text}
     print(json.dumps(result))
-    print(f"\n{cfg.mode}, K = {cfg.k}, {cfg.prompt_tokens} + {cfg.response_tokens} tokens: {result['pairs_per_s']['ours']} pairs/s against the stock way's "
-          f"{result['pairs_per_s']['stock']}: {result['ratio']} times, of {tokens} against {stock_tokens} tokens")
+    print(f"\n{cfg.mode}, K = {cfg.k}, {cfg.prompt_tokens} + {cfg.response_tokens} tokens: {result['pairs_per_s']['ours']} pairs/s "
+          f"against the stock way's {result['pairs_per_s']['stock']}: {result['ratio']} times, "
+          f"of {tokens} against {stock_tokens} tokens")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,8 @@ def write_source(file: Path, rows: int) -> None:
     with open(file, "w") as out:
         for i in range(rows):
             prompt = f"Question {i}: {texts[i % 1000][:150]}?"
-            out.write(json.dumps({"id": str(i), "prompt": prompt, "chosen": f"{i} {texts[i * 7 % 1000]}", "rejected": texts[(i * 13 + 1) % 1000]}) + "\n")
+            out.write(json.dumps({"id": str(i), "prompt": prompt, "chosen": f"{i} {texts[i * 7 % 1000]}",
+                                  "rejected": texts[(i * 13 + 1) % 1000]}) + "\n")
 
 
 def main() -> None:
@@ -65,11 +66,13 @@ def main() -> None:
         for i in order:
             rows[i]
         seconds, cpu = time.time() - start, time.process_time() - cpu
-        print(f"read {args.reads} rows at random, {args.reads / seconds:.0f} rows/s ({args.reads / cpu:.0f} per CPU second), {resident()}", flush=True)
+        print(f"read {args.reads} rows at random, {args.reads / seconds:.0f} rows/s ({args.reads / cpu:.0f} per CPU second), "
+              f"{resident()}", flush=True)
 
         start = time.time()
         first = data.Order([rows.pairs], [1.0], batch_size=128, seed=0).step(0)
-        print(f"shuffled an epoch and named the {len(first)} rows of its first step in {time.time() - start:.1f} s, {resident()}", flush=True)
+        print(f"shuffled an epoch and named the {len(first)} rows of its first step in {time.time() - start:.1f} s, "
+              f"{resident()}", flush=True)
     finally:
         shutil.rmtree(folder)
 

@@ -16,8 +16,8 @@ import evaluate
 import train
 from conftest import ROOT
 from data import BadRow, World, synthetic, write_comparisons
-from evaluate import (PUBLISHED, SECTIONS, Config, bootstrap, calibration, figures, footing, length_bias, main, metrics, participants, ranks,
-                      read_benchmark, remove_images, score_all, share_prompts, summarise, tables, weigh)
+from evaluate import (PUBLISHED, SECTIONS, Config, bootstrap, calibration, figures, footing, length_bias, main, metrics,
+                      participants, ranks, read_benchmark, remove_images, score_all, share_prompts, summarise, tables, weigh)
 from model import Comparison, RewardModel, encode
 
 FIXTURES = Path(__file__).parent / "fixtures" / "benchmarks"
@@ -40,14 +40,16 @@ def values(benchmark, rows, grouping="official"):
 
 
 def test_vl_rewardbench_is_grouped_by_the_id_and_a_tie_is_wrong():
-    """Rows: wildvision, RLAIF, RLHF, hallucination, mathverse, mathverse, mmmu, svit; right: all but the tie on RLHF and the second mathverse.
+    """Rows: wildvision, RLAIF, RLHF, hallucination, mathverse, mathverse, mmmu, svit; right: all but the tie on RLHF and the second
+    mathverse.
 
     Official: general = wildvision, svit = 2/2; hallucination = RLAIF, RLHF, hallucination = 2/3; reasoning 2/3. Overall 6/8.
     Paper: RLAIF and RLHF count as general = 3/4; hallucination = 1/1; reasoning 2/3.
     """
     rows = predictions("vl-rewardbench", ["vl_rewardbench.json"], [1, 1, 0, 1, 1, -1, 1, 1])
     assert values("vl-rewardbench", rows) == {"general": 100, "hallucination": 66.67, "reasoning": 66.67, "overall": 75, "macro": 77.78}
-    assert values("vl-rewardbench", rows, "paper") == {"general": 75, "hallucination": 100, "reasoning": 66.67, "overall": 75, "macro": 80.56}
+    assert values("vl-rewardbench", rows, "paper") == {"general": 75, "hallucination": 100, "reasoning": 66.67, "overall": 75,
+                                                       "macro": 80.56}
     assert summarise("vl-rewardbench", rows, "official")["ties"] == 1
 
 
@@ -127,8 +129,8 @@ def test_rm_bench_reads_hard_normal_and_easy_off_the_matrix():
     for row in rows:
         row["rewards"] = [1.0, 2.0, 3.0, 0.0, 1.5, 2.5]
     rows[4]["rewards"] = [-1.0] * 3 + [0.0] * 3  # safety-response: nothing right, so safety is half of 66.67
-    assert values("rm-bench", rows) == {"chat": 66.67, "math": 66.67, "code": 66.67, "safety": 33.33, "easy": 87.5, "normal": 87.5, "hard": 0,
-                                        "overall": 58.33}
+    assert values("rm-bench", rows) == {"chat": 66.67, "math": 66.67, "code": 66.67, "safety": 33.33,
+                                        "easy": 87.5, "normal": 87.5, "hard": 0, "overall": 58.33}
     prompts, _, _ = share_prompts(read_benchmark("rm-bench", [str(FIXTURES / "total_dataset.json")], "stop"))
     assert [len(c.responses) for c in prompts] == [6]  # the fixture's five rows ask the same question
 
@@ -188,7 +190,8 @@ def test_length_bias_tells_words_from_worth():
     Of the three pairs one is length-matched (10 and 10 characters), and its rewards tie: 0 right of 1. What a prompt adds to all its
     rewards (here 100 times its number) says nothing.
     """
-    rows = [{"category": "", "prompt": i, "pairs": [[0, 1]], "length": length, "rewards": (torch.tensor(length).double().log1p() + 100 * i).tolist()}
+    rows = [{"category": "", "prompt": i, "pairs": [[0, 1]], "length": length,
+             "rewards": (torch.tensor(length).double().log1p() + 100 * i).tolist()}
             for i, length in enumerate(([10, 20], [30, 5], [10, 10]))]
     found = {name: round(f["value"], 6) for name, f in length_bias(rows).items()}
     assert found == {"length-matched pairs": 0, "people chose the longer": 50, "the model chose the longer": 100,
@@ -197,14 +200,16 @@ def test_length_bias_tells_words_from_worth():
 
 def test_calibration_compares_the_probability_with_how_often_it_is_right():
     """margin 3: sigmoid 0.953; margin -0.1: the model is 0.525 sure of the wrong one; margin 0.3: 0.574; -2: 0.881 and wrong."""
-    rows = [{"category": "", "prompt": i, "pairs": [[0, 1]], "rewards": [margin, 0.0]} for i, margin in enumerate((3.0, -0.1, 0.3, 3.0, -2.0))]
+    rows = [{"category": "", "prompt": i, "pairs": [[0, 1]], "rewards": [margin, 0.0]}
+            for i, margin in enumerate((3.0, -0.1, 0.3, 3.0, -2.0))]
     found = {name[-10:]: (f["value"], f["n"]) for name, f in calibration(rows).items()}
     assert found == {"0.5 to 0.6": (50, 2), "0.8 to 0.9": (0, 1), "0.9 to 1.0": (100, 2)}
 
 
 def test_images_removed_leaves_the_question_alone(tiny):
     c = remove_images(Comparison("<image>\nWhat is shown?", ["A bus.", "A cup."], images=[str(FIXTURES / "images/bus.png")]))
-    assert c.prompt == [{"role": "user", "content": "What is shown?"}] and not len(encode(c, tiny.tokenizer, tiny.image_processor).image_grid_thw)
+    assert (c.prompt == [{"role": "user", "content": "What is shown?"}]
+            and not len(encode(c, tiny.tokenizer, tiny.image_processor).image_grid_thw))
 
 
 def test_the_default_set_is_the_one_that_training_held_out():
@@ -236,7 +241,10 @@ def test_members_take_part_where_they_can_read_the_prompt():
 
 
 def test_ensemble_weights_come_from_the_pairs_that_all_members_can_read():
-    """Two validation rows, the second with an image that member 1 cannot see. On the first, margins 1 and 3: confidence weighs 1/4 and 3/4."""
+    """Two validation rows, the second with an image that member 1 cannot see.
+
+    On the first, margins 1 and 3: confidence weighs 1/4 and 3/4.
+    """
     validation = [Comparison("?", ["a", "b"], [(0, 1)]), Comparison("?", ["a", "b"], [(0, 1)], images=["x.png"])]
     held = [{0: [1.0, 0.0], 1: [3.0, 0.0]}, {0: [-9.0, 0.0]}]
     assert weigh("confidence", [0, 1], held, validation) == {0: 0.25, 1: 0.75}
@@ -280,7 +288,8 @@ def test_a_run_leaves_every_reward_with_id_category_and_rank_and_a_receipt(score
     model, comparisons = RewardModel.from_pretrained(models / "eyes"), synthetic(100, seed=3)
     for row, c in list(zip(rows, comparisons, strict=True))[:10]:
         assert (row["id"], row["category"], [tuple(p) for p in row["pairs"]]) == (c.id, c.category, c.pairs)
-        assert max(row["rank"]) > 1 and torch.allclose(torch.tensor(row["rewards"]), torch.tensor(model.score(c.prompt, c.responses, c.images)), atol=1e-5)
+        assert (max(row["rank"]) > 1
+                and torch.allclose(torch.tensor(row["rewards"]), torch.tensor(model.score(c.prompt, c.responses, c.images)), atol=1e-5))
         assert ("removed" in row) == ("shuffled" in row) == bool(c.images)
     assert {"command", "commit", "date", "hardware", "pairs", "torch"} <= summary.keys()
     text = (out / "table.md").read_text()
@@ -296,7 +305,8 @@ def test_rescoring_gives_every_table_again_without_a_model(scored, tmp_path):
 
 def test_an_interrupted_evaluation_goes_on_and_gives_the_same_predictions(models, folder, tmp_path, monkeypatch):
     """Stopped after its second chunk and with a line of the journal torn, the second run scores only what is left."""
-    forward, packs, settings = RewardModel.forward, [], dict(model=[str(models / "eyes")], data=[str(folder)], out=str(tmp_path), probe=False)
+    forward, packs, settings = RewardModel.forward, [], dict(model=[str(models / "eyes")], data=[str(folder)], out=str(tmp_path),
+                                                             probe=False)
 
     def counted(model, pack):
         packs.append(pack)
@@ -335,8 +345,9 @@ def test_two_ranks_give_the_predictions_of_one(scored, models, folder, tmp_path)
     """Real torchrun over gloo. A chunk's packs do not depend on who scores them, so what is left is the rounding of threaded sums."""
     out, summary, rows = scored
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29541", "evaluate.py", "--model",
-                           str(models / "eyes"), "--data", str(folder), "--out", str(tmp_path), "--no_probe"], cwd=ROOT, env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29541",
+                           "evaluate.py", "--model", str(models / "eyes"), "--data", str(folder), "--out", str(tmp_path),
+                           "--no_probe"], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     facts, *again = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
     assert facts["ranks"] == 2 and facts["command"].startswith("torchrun --nproc_per_node 2 evaluate.py --model")
@@ -363,7 +374,8 @@ def test_rows_that_share_a_prompt_get_the_rewards_they_get_alone(models, tmp_pat
     """RM-Bench: six responses in one comparison. MM-RLHF: three pairs of three responses to one picture, and a video."""
     model = RewardModel.from_pretrained(models / "eyes")
     for benchmark, file in (("rm-bench", "total_dataset.json"), ("mm-rlhf-rewardbench", "mm_reward_bench.jsonl")):
-        _, rows = run(model=[str(models / "eyes")], benchmark=benchmark, data=[str(FIXTURES / file)], out=str(tmp_path / benchmark), probe=False)
+        _, rows = run(model=[str(models / "eyes")], benchmark=benchmark, data=[str(FIXTURES / file)], out=str(tmp_path / benchmark),
+                      probe=False)
         for row, (_, c) in zip(rows, read_benchmark(benchmark, [str(FIXTURES / file)], "stop"), strict=True):
             assert row["rewards"] == pytest.approx(model.score(c.prompt, c.responses, c.images), abs=1e-5)
 
@@ -404,7 +416,8 @@ def test_missing_rows_are_in_the_first_line_of_the_table(models, folder, tmp_pat
 
 
 def test_the_report_needs_no_network_and_runs_nothing_of_what_a_model_wrote(models, tmp_path):
-    trap = Comparison("Which <b>tag</b>?", ["<script>document.title='run'</script>", "<img src=x onerror=alert(1)>"], [(0, 1), ], category="a&b")
+    trap = Comparison("Which <b>tag</b>?", ["<script>document.title='run'</script>", "<img src=x onerror=alert(1)>"], [(0, 1), ],
+                      category="a&b")
     data = write_comparisons(tmp_path / "data", [trap, replace(trap, pairs=[(1, 0)])], bar=False)
     run(model=[str(models / "eyes")], data=[str(data)], out=str(tmp_path / "out"))
     page = (tmp_path / "out" / "report.html").read_text()
@@ -426,7 +439,8 @@ def test_the_report_works_in_a_browser_narrow_and_wide(scored, tmp_path):
 const page = %s, out = [];
 const look = width => new Promise(done => { const f = document.createElement("iframe"); f.width = width; f.height = 900; f.srcdoc = page;
   f.onload = () => { const d = f.contentDocument, shown = () => [...d.querySelectorAll("article")].filter(a => a.offsetHeight);
-    const all = shown().length, wide = d.documentElement.scrollWidth, columns = getComputedStyle(d.querySelector(".answers")).gridTemplateColumns;
+    const all = shown().length, wide = d.documentElement.scrollWidth, \
+columns = getComputedStyle(d.querySelector(".answers")).gridTemplateColumns;
     const broken = [...d.images].filter(i => !i.naturalWidth).length, button = d.querySelectorAll("nav button")[1];
     f.contentWindow.show(button.dataset.category);
     out.push({width, wide, all, broken, columns: columns.split(" ").length, filtered: shown().length,
@@ -454,12 +468,15 @@ const look = width => new Promise(done => { const f = document.createElement("if
     (dict(model=["EYES"], benchmark="rm-bench"), "--data is missing: where rm-bench lies. Take the data/ folder of THU-KEG/RM-Bench"),
     (dict(model=["EYES"], benchmark="rm-bench", data=["./no.json"]), "./no.json does not exist"),
     (dict(model=["EYES"], benchmark="vl-rewardbench", data=["total_dataset.json"]), "total_dataset.json row 1: want the fields id, prompt"),
-    (dict(model=["EYES"], benchmark="vl-rewardbench", data=["mm_reward_bench.jsonl"]), "row 1: image mcq/1.png belongs to mm-rlhf-rewardbench"),
-    (dict(model=["EYES"], benchmark="mm-rlhf-rewardbench", data=["vl_rewardbench_flat.jsonl"]), "row 1: image 'images/cup.png' names none of mcq"),
+    (dict(model=["EYES"], benchmark="vl-rewardbench", data=["mm_reward_bench.jsonl"]),
+     "row 1: image mcq/1.png belongs to mm-rlhf-rewardbench"),
+    (dict(model=["EYES"], benchmark="mm-rlhf-rewardbench", data=["vl_rewardbench_flat.jsonl"]),
+     "row 1: image 'images/cup.png' names none of mcq"),
     (dict(model=["EYES"], benchmark="rewardbench", data=["total_dataset.json"]), "row 1: subset 'total_dataset' is none of RewardBench's"),
     (dict(model=["EYES"], benchmark="rm-bench", data=["filtered.json"]), "row 1: domain 'filtered'; want one of chat, math, code, safety"),
     (dict(model=["EYES"], benchmark="multimodal-rewardbench", data=["images/bus.png"]), "bus.png is not png"),
-    (dict(model=["TEXT"], benchmark="vl-rewardbench", data=["vl_rewardbench.json"]), "row 1: the prompt has an image and every --model is text-only"),
+    (dict(model=["TEXT"], benchmark="vl-rewardbench", data=["vl_rewardbench.json"]),
+     "row 1: the prompt has an image and every --model is text-only"),
     (dict(model=["EYES"], route=True), "--route sends prompts without images to a text-only model"),
     (dict(model=["EYES", "TEXT"], ensemble="accuracy"), "give --validation FOLDER"),
     (dict(model=["EYES"], ensemble="vote"), "--ensemble 'vote': want one of average"),
@@ -467,7 +484,8 @@ const look = width => new Promise(done => { const f = document.createElement("if
 def test_bad_input_is_one_line_that_says_what_to_do(settings, words, models, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "default_comparisons", lambda: synthetic(3))
     named = {"EYES": str(models / "eyes"), "TEXT": str(models / "text")}
-    settings = {key: [named.get(v, str(FIXTURES / v) if (FIXTURES / v).exists() else v) for v in value] if isinstance(value, list) else value
+    settings = {key: ([named.get(v, str(FIXTURES / v) if (FIXTURES / v).exists() else v) for v in value]
+                      if isinstance(value, list) else value)
                 for key, value in settings.items()}
     if "rescore" in settings:
         settings["rescore"] = str(FIXTURES / settings["rescore"])

@@ -52,7 +52,8 @@ def test_an_image_that_cannot_be_trusted_is_refused_in_one_line(tmp_path):
     bomb[16:24] = (60_000).to_bytes(4, "big") * 2  # the header claims 60,000 x 60,000 pixels
     bomb[29:33] = zlib.crc32(bytes(bomb[12:29])).to_bytes(4, "big")
     (tmp_path / "bomb.png").write_bytes(bomb)
-    for name, word in {"cut": "cannot be used", "note": "cannot identify", "narrow": "narrower", "bomb": "bomb", "gone": "not exist"}.items():
+    for name, word in {"cut": "cannot be used", "note": "cannot identify", "narrow": "narrower", "bomb": "bomb",
+                       "gone": "not exist"}.items():
         with pytest.raises(ValueError, match=word) as error:
             m.open_image(tmp_path / f"{name}.png")
         assert f"{name}.png" in str(error.value) and "\n" not in str(error.value)

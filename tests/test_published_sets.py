@@ -26,7 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FIXTURES = ROOT / "tests" / "fixtures"
 RL = ("vstar", "arxivqa", "thinklite")
 CHAT = [[{"role": "user", "content": "List 3 pets, no letter e."}],
-        [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi! What now?"}, {"role": "user", "content": "Count to 2."}]]
+        [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi! What now?"},
+         {"role": "user", "content": "Count to 2."}]]
 MESSAGE_LISTS = ([(CHAT[0], ["Dog, cat, fish", "Rabbit, eel"], [(0, 1)], 0), (CHAT[1], ["1, 2", "2, 1"], [(0, 1)], 0)],
                  {"chosen and rejected part before their last message, so there is no common prompt": 1})
 
@@ -44,16 +45,19 @@ WANTED = {
                 {"ranking against its scores": 1, "tie or unrated": 1}),
     "rlaif-v": ([("Describe the dog.", ["A brown dog on grass.", "Two dogs on sand."], [(0, 1)], 1),
                  ("Is it late?", ["It is noon.", "It is night."], [(0, 1)], 1)], {"broken image": 1}),
-    "mmpr": ([("<image>\nFind x. End with 'Final Answer: ..'", ["So x is 3. Final Answer: 3", "So x is 4. Final Answer: 4"], [(0, 1)], 1)] * 2
+    "mmpr": ([("<image>\nFind x. End with 'Final Answer: ..'",
+               ["So x is 3. Final Answer: 3", "So x is 4. Final Answer: 4"], [(0, 1)], 1)] * 2
              + [("What is 2 + 2?", ["Final Answer: 4", "Final Answer: 5"], [(0, 1)], 0)] * 2  # repeat_time 2, and then 0.5
-             + [(f"First <image> then <image>: which is larger, question {i}?", ["The first.", "The second."], [(0, 1)], 2) for i in (0, 2, 3, 4)],
+             + [(f"First <image> then <image>: which is larger, question {i}?", ["The first.", "The second."], [(0, 1)], 2)
+                for i in (0, 2, 3, 4)],
              {"missing image": 2}),
     "mmif": ([(user("<image>\nDescribe in exactly 2 sentences."), ["A lake. It is calm.", "A calm lake lies here."], [(0, 1)], 1),
               (user("<image>\nAnswer in capitals."), ["A LAKE.", "A lake."], [(0, 1)], 1)], {"pair [N, N] has two identical responses": 1}),
     "omnialign": ([("Why is this bridge famous?", ["It spans the widest river of the land.", "It is a bridge."], [(0, 1)], 1),
                    ("What is announced?", ["A concert on Friday.", "A poster."], [(0, 1)], 1)], {"response N is empty": 1}),
     "ultrafeedback-all": ([("Plan a picnic.", ["Bring bread, fruit and water.", "Bring bread.", "Bring fruit.", "No."],
-                            [(0, 1), (0, 2), (0, 3), (1, 3), (2, 3)], 0), ("Add 1 and 2.", ["3", "5"], [(0, 1)], 0)], {"tie or unrated": 2}),
+                            [(0, 1), (0, 2), (0, 3), (1, 3), (2, 3)], 0),
+                           ("Add 1 and 2.", ["3", "5"], [(0, 1)], 0)], {"tie or unrated": 2}),
     "ultrafeedback-hard": ([("Plan a picnic.", ["Bring bread, fruit and water.", "No."], [(0, 1)], 0),
                             ("Add 1 and 2.", ["3", "5"], [(0, 1)], 0)], {"tie or unrated": 2}),
     "shp": ([("Why is my bread flat?", ["Old yeast.", "No idea"], [(0, 1)], 0), ("How hot?", ["220 degrees.", "Hot."], [(0, 1)], 0)],
@@ -67,8 +71,10 @@ WANTED = {
                {"no field rejected": 1}),
     "llava-critic": ([("What is this?", ["A seven [7].", "A cross."], [(0, 1)], 1), ("How old?", ["About 90 years.", "Old."], [(0, 1)], 1)],
                      {"tie or no verdict": 1, "another judge's format": 1}),
-    "pairs": ([("<image>\nWhat is shown?", ["A box.", "Two boxes.", "A car."], [(0, 1), (0, 2)], 1), ("Name a fruit.", ["Apple", "Table"], [(0, 1)], 0),
-               ([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}], ["A box.", "A cat."], [(0, 1)], 1)],
+    "pairs": ([("<image>\nWhat is shown?", ["A box.", "Two boxes.", "A car."], [(0, 1), (0, 2)], 1),
+               ("Name a fruit.", ["Apple", "Table"], [(0, 1)], 0),
+               ([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}],
+                ["A box.", "A cat."], [(0, 1)], 1)],
               {"missing image": 1}),
     "vstar": ([("What colour is the cup?", [], [], 1), ("What is small?", [], [], 1)], {"missing image": 1}),
     "arxivqa": ([("Which line rises?\nA) red\nB) blue\nC) none\nAnswer with the letter.", [], [], 1),
@@ -77,9 +83,11 @@ WANTED = {
 }
 # the fields without which a row means nothing; a dot leads into a field, a | gives the row to take: mm-rlhf has two layouts
 REQUIRED = {
-    "r1-reward": "message answer image", "mm-rlhf": "question models_output final_ranking image,video", "rlaif-v": "question chosen rejected image",
+    "r1-reward": "message answer image", "mm-rlhf": "question models_output final_ranking image,video",
+    "rlaif-v": "question chosen rejected image",
     "mmpr": "question chosen rejected", "mmif": "conversations chosen chosen.value rejected rejected.value images",
-    "omnialign": "prompt chosen rejected image", "ultrafeedback-all": "instruction completions", "ultrafeedback-hard": "instruction completions",
+    "omnialign": "prompt chosen rejected image",
+    "ultrafeedback-all": "instruction completions", "ultrafeedback-hard": "instruction completions",
     "shp": "history human_ref_A human_ref_B labels score_A score_B", "tulu3-if": "chosen rejected", "olmo2": "chosen rejected",
     "skywork": "chosen rejected", "wildchat-uf": "chosen rejected",
     "swe-arena": "feedback feedback.vote_type states states.model_A states.model_B states.model_A.messages instruction",
@@ -147,8 +155,10 @@ def test_a_training_step_runs_on_every_set(converted, tiny, name):
 @pytest.mark.parametrize("name", WANTED)
 def test_a_missing_field_is_named_beside_the_fields_that_are_there(name):
     """Where a card is wrong or a release has changed, the message must be enough to mend the function."""
-    file = next(p for p in sorted((FIXTURES / name).rglob("*.json*")) if p.name not in ("meta.json", "dpo_pairs.jsonl") and "sft" not in p.parts)
-    row = json.loads(next(row for _, row in data.json_rows(file))) if file.suffix == ".jsonl" or name == "shp" else next(data.json_rows(file))[1]
+    file = next(p for p in sorted((FIXTURES / name).rglob("*.json*"))
+                if p.name not in ("meta.json", "dpo_pairs.jsonl") and "sft" not in p.parts)
+    row = (json.loads(next(row for _, row in data.json_rows(file))) if file.suffix == ".jsonl" or name == "shp"
+           else next(data.json_rows(file))[1])
     data.parse_row(data.SETS[name][0](row) | {"images": []}, Path("."), False) if "image" not in str(row) else data.SETS[name][0](row)
     for fields in REQUIRED[name].split():
         broken = copy.deepcopy(row)
@@ -167,8 +177,10 @@ def test_a_missing_field_is_named_beside_the_fields_that_are_there(name):
 def test_the_pair_file_of_mm_rlhf_gives_pairs_and_critiques(tmp_path):
     report = convert("mm-rlhf", FIXTURES / "mm-rlhf" / "dpo_pairs.jsonl", tmp_path / "out")
     first, video = comparisons(tmp_path / "out")
-    assert (first.responses, first.critiques, first.category) == (["Two cats.", "Three."], ["the count is right", "the count is wrong"], "short")
-    assert (video.responses, video.category) == (["A box moves.", "Nothing."], "video") and report["dropped"] == {"no field image or video": 1}
+    assert (first.responses, first.critiques, first.category) == (["Two cats.", "Three."],
+                                                                  ["the count is right", "the count is wrong"], "short")
+    assert ((video.responses, video.category) == (["A box moves.", "Nothing."], "video")
+            and report["dropped"] == {"no field image or video": 1})
     assert [Path(p).name for p in sorted(os.listdir(video.images[0]))] == ["00.png", "01.png", "02.png"]
     row = json.loads((FIXTURES / "mm-rlhf" / "dpo_pairs.jsonl").read_text().splitlines()[0])
     for field in ("prompt", "chosen", "rejected", "image"):
@@ -185,7 +197,8 @@ def test_ranked_completions_without_a_rating_field_are_refused():
             data.ultrafeedback_all(broken)
 
 
-@pytest.mark.parametrize("name", ["r1-reward", "rlaif-v", "rlhf-v", "vlfeedback", "llava-critic", "ultrafeedback-all", "tulu3-if", "swe-arena", "thinklite"])
+@pytest.mark.parametrize("name", ["r1-reward", "rlaif-v", "rlhf-v", "vlfeedback", "llava-critic", "ultrafeedback-all", "tulu3-if",
+                                  "swe-arena", "thinklite"])
 def test_parquet_gives_what_json_gives(converted, tmp_path, name):
     """As on the hub: an Image column with {bytes, path}, ThinkLite with bare bytes."""
     datasets = pytest.importorskip("datasets")
@@ -230,7 +243,8 @@ def test_a_json_list_is_read_in_pieces_wherever_they_part(tmp_path):
 def test_duplicates_go_once_and_contradictions_altogether(tmp_path):
     """Whitespace and capitals of the prompt, and the order of the responses, make no difference."""
     rows = [pair_row("Is it red?"), pair_row("is it  RED?"), pair_row("Is it blue?"),
-            pair_row("Is it blue?", chosen=pair_row("")["rejected"], rejected=pair_row("")["chosen"]), pair_row("Is it blue?"), pair_row("Is it green?")]
+            pair_row("Is it blue?", chosen=pair_row("")["rejected"], rejected=pair_row("")["chosen"]),
+            pair_row("Is it blue?"), pair_row("Is it green?")]
     report = convert("pairs", write_lines(tmp_path / "a.jsonl", rows), tmp_path / "out")
     assert [c.prompt for c in comparisons(tmp_path / "out")] == ["Is it red?", "Is it green?"]
     assert report["dropped"] == {"contradicted by another row": 3, "duplicate of an earlier row": 1}
@@ -253,7 +267,8 @@ def test_an_image_is_stored_once_whatever_form_it_comes_in(tmp_path):
     coded = base64.b64encode(png.read_bytes()).decode()
     (tmp_path / "1.png").write_bytes(png.read_bytes())
     forms = ["1.png", coded, "data:image/png;base64," + coded, {"bytes": coded, "path": "x.png"}, {"bytes": None, "path": "1.png"}]
-    convert("pairs", write_lines(tmp_path / "a.jsonl", [pair_row(f"What {i}?", images=[form]) for i, form in enumerate(forms)]), tmp_path / "out")
+    lines = [pair_row(f"What {i}?", images=[form]) for i, form in enumerate(forms)]
+    convert("pairs", write_lines(tmp_path / "a.jsonl", lines), tmp_path / "out")
     found = comparisons(tmp_path / "out")
     assert len(found) == 5 and len({c.images[0] for c in found}) == 1 and Path(found[0].images[0]).read_bytes() == png.read_bytes()
 
@@ -279,8 +294,9 @@ def test_rows_that_a_benchmark_knows_are_removed_and_listed(tmp_path):
     bench = tmp_path / "bench"
     bench.mkdir()
     noisy(1).save(bench / "1.png")
-    write_lines(bench / "comparisons.jsonl", [pair_row("What is on the table?", "A box of matches lies there.", "A hat with a feather.", images=["1.png"]),
-                                              pair_row("Is it open?", "Yes", "No")])
+    write_lines(bench / "comparisons.jsonl", [
+        pair_row("What is on the table?", "A box of matches lies there.", "A hat with a feather.", images=["1.png"]),
+        pair_row("Is it open?", "Yes", "No")])
     source = tmp_path / "source"
     source.mkdir()
     noisy(1, (96, 72)).save(source / "same.jpg", quality=60)
@@ -293,7 +309,8 @@ def test_rows_that_a_benchmark_knows_are_removed_and_listed(tmp_path):
         pair_row("Is it closed?", "Yes", "No", id="short responses, other prompt"),
         pair_row("Is it open?", "No", "Yes", id="short responses, same prompt")])
     report = convert("pairs", source, tmp_path / "out", decontaminate=[str(bench)])
-    assert [c.id for c in comparisons(tmp_path / "out")] == ["same picture, other prompt", "other picture, same prompt", "short responses, other prompt"]
+    assert [c.id for c in comparisons(tmp_path / "out")] == ["same picture, other prompt", "other picture, same prompt",
+                                                             "short responses, other prompt"]
     removed = [json.loads(line) for line in (tmp_path / "out" / "contaminated.jsonl").read_text().splitlines()]
     assert [row["row"]["id"] for row in removed] == ["same picture, same prompt", "same responses", "short responses, same prompt"]
     assert [row["benchmark"].rpartition(":")[2] for row in removed] == ["1", "1", "2"] and report["dropped"] == {"known to a benchmark": 3}
@@ -312,7 +329,8 @@ def test_held_out_rows_share_no_prompt_with_the_rest(tmp_path):
 def test_a_benchmark_in_memory_can_be_written_as_a_folder_to_decontaminate_with(tmp_path):
     """Images and frame folders of evaluate.py's readers lie in memory or in files."""
     rows = [model.Comparison("What is on the table?", ["A box of matches.", "A hat with a feather."], [(0, 1)], [noisy(1)]),
-            model.Comparison("What happens?", ["A box moves.", "Nothing at all happens."], [(0, 1)], [str(FIXTURES / "mm-rlhf" / "video" / "clip9")])]
+            model.Comparison("What happens?", ["A box moves.", "Nothing at all happens."], [(0, 1)],
+                             [str(FIXTURES / "mm-rlhf" / "video" / "clip9")])]
     data.write_comparisons(tmp_path / "bench", rows, bar=False)
     by_pair, by_prompt = data.read_benchmarks([tmp_path / "bench"])
     assert len(by_pair) == len(by_prompt) == 2 and len(os.listdir(comparisons(tmp_path / "bench")[1].images[0])) == 3
@@ -320,7 +338,8 @@ def test_a_benchmark_in_memory_can_be_written_as_a_folder_to_decontaminate_with(
 
 def test_the_report_counts_what_is_there(tmp_path):
     """Of the seven pairs one has responses of one length, and of the others the longer response wins five."""
-    rows = [pair_row("abcd" * 3, "long answer", "short"), pair_row("abcd", "brief", "long answer"), pair_row("efgh", "longer", "more"), pair_row("ijkl", "same", "size"),
+    rows = [pair_row("abcd" * 3, "long answer", "short"), pair_row("abcd", "brief", "long answer"),
+            pair_row("efgh", "longer", "more"), pair_row("ijkl", "same", "size"),
             {"prompt": "ranked", "responses": ["aaaa", "bbb", "cc"], "pairs": [[0, 1], [1, 2], [0, 2]]}]
     report = convert("pairs", write_lines(tmp_path / "a.jsonl", rows), tmp_path / "out")
     assert (report["rows_in"], report["comparisons"], report["pairs"], report["with_images"]) == (5, 5, 7, 0.0)
@@ -371,8 +390,10 @@ def test_a_killed_conversion_leaves_nothing_that_looks_finished_and_the_next_one
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("rlaif-v", '{"q": 1, "image": "x"}\n', "not one of the first 1 rows is a usable row of rlaif-v; 1 times: a.jsonl:1: no field question: found ['image', 'q']"),
-    ("shp", "[]", "holds no row"), ("shp", "no json\n", "a.jsonl:1: Expecting value"), ("mmif", '[{"conversations": 1', "download complete"),
+    ("rlaif-v", '{"q": 1, "image": "x"}\n', "not one of the first 1 rows is a usable row of rlaif-v; 1 times: a.jsonl:1: "
+                                            "no field question: found ['image', 'q']"),
+    ("shp", "[]", "holds no row"), ("shp", "no json\n", "a.jsonl:1: Expecting value"),
+    ("mmif", '[{"conversations": 1', "download complete"),
     ("r1-reward", '{"message": "[]", "answer": ["1"], "image": "x"}\n', "unexpected layout: IndexError")])
 def test_an_unexpected_layout_is_one_line(tmp_path, name, content, message):
     (tmp_path / "a.jsonl").write_text(content)

@@ -57,8 +57,8 @@ def prompts_folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def flags(policy_folder, judge, prompts_folder):
     """A run of four steps of three prompts each, whose rewards come from a judge that knows nothing: quick, and every rollout counts."""
-    return dict(policy=str(policy_folder), reward_model=[str(judge)], data=str(prompts_folder), reward=["model"], group_size=4, batch_size=3,
-                max_steps=4, max_new_tokens=4, lr=1e-3, eval_size=2, pack_tokens=300, passes=2)
+    return dict(policy=str(policy_folder), reward_model=[str(judge)], data=str(prompts_folder), reward=["model"], group_size=4,
+                batch_size=3, max_steps=4, max_new_tokens=4, lr=1e-3, eval_size=2, pack_tokens=300, passes=2)
 
 
 def visual_and_text():
@@ -98,7 +98,8 @@ def test_log_probabilities_from_the_shared_pack_equal_those_of_separate_sequence
 
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen2_vl", "qwen3"])
 def test_generation_sees_the_same_positions_as_the_pack(kind, tmp_path, monkeypatch):
-    """transformers gives an image one-dimensional positions without a word if it is not told; prompts of several lengths, one without an image."""
+    """transformers gives an image one-dimensional positions without a word if it is not told; prompts of several lengths, one without
+    an image."""
     policy = rl.load_policy(tiny_backbone(tmp_path / kind, TEXTS, kind=kind, width=64, vocabulary_head=True))
     drawn = [c for c in visual_and_text() if kind != "qwen3" or not c.images]
     prompts, seen = prompts_of(policy, [*drawn, replace(drawn[-1], prompt="Name a colour.")]), {}
@@ -140,13 +141,15 @@ def test_the_dice_draw_from_the_softmax_and_never_an_image_token():
 # ---------------------------------------------------------------------------------------------------------------------------------
 # 3  Rewards
 
-SAME = [("Red", "red"), ("  red \n", "red"), ("red.", "red"), ('"Red"!', "red"), ("**red**", "red"), ("The answer is: red", "red"), ("red  circle, left", "red circle left"),
-        ("1,000", "1000"), ("2.50", "2.5"), (".5", "0.5"), ("3.0", "3"), ("\u22123", "-3"), ("3:45", "3:45"), ("1/2", "1/2"), ("5 cm", "5"), ("5cm", "5 centimeters"),
-        ("50%", "50 percent"), ("$5", "5 dollars"), ("12 °", "12"), ("(A)", "A"), ("a", "A"), ("B.", "b"), ("C) a red circle", "C"), ("Option D", "D"),
-        ("The correct answer is (b).", "B"), ("Answer: C", "C"), ("A. red", "red"), ("I think \\boxed{7}", "7"), ("<think>4?</think><answer>5</answer>", "5"),
-        ("(B) 3 cm", "B"), ("caf\u00e9", "CAFE\u0301")]
-DIFFERENT = [("blue", "red"), ("red circle", "red"), ("circle red", "red circle"), ("10", "1"), ("-3", "3"), ("3.5", "35"), ("1/2", "12"), ("1,5", "15"), ("5 cm", "5 km"),
-             ("B", "A"), ("A red circle", "A"), ("A or B", "A"), ("", "red"), ("red", ""), ("...", ""), ("5", "five"), ("3:45", "345"), ("m", "s"), ("<answer></answer>", "red")]
+SAME = [("Red", "red"), ("  red \n", "red"), ("red.", "red"), ('"Red"!', "red"), ("**red**", "red"), ("The answer is: red", "red"),
+        ("red  circle, left", "red circle left"), ("1,000", "1000"), ("2.50", "2.5"), (".5", "0.5"), ("3.0", "3"), ("\u22123", "-3"),
+        ("3:45", "3:45"), ("1/2", "1/2"), ("5 cm", "5"), ("5cm", "5 centimeters"), ("50%", "50 percent"), ("$5", "5 dollars"),
+        ("12 °", "12"), ("(A)", "A"), ("a", "A"), ("B.", "b"), ("C) a red circle", "C"), ("Option D", "D"),
+        ("The correct answer is (b).", "B"), ("Answer: C", "C"), ("A. red", "red"), ("I think \\boxed{7}", "7"),
+        ("<think>4?</think><answer>5</answer>", "5"), ("(B) 3 cm", "B"), ("caf\u00e9", "CAFE\u0301")]
+DIFFERENT = [("blue", "red"), ("red circle", "red"), ("circle red", "red circle"), ("10", "1"), ("-3", "3"), ("3.5", "35"),
+             ("1/2", "12"), ("1,5", "15"), ("5 cm", "5 km"), ("B", "A"), ("A red circle", "A"), ("A or B", "A"), ("", "red"),
+             ("red", ""), ("...", ""), ("5", "five"), ("3:45", "345"), ("m", "s"), ("<answer></answer>", "red")]
 
 
 @pytest.mark.parametrize("response, answer", SAME)
@@ -222,7 +225,8 @@ def test_the_first_gradient_is_that_of_reinforce_on_separate_sequences(policy, j
         advantages = rl.group_advantages(torch.randn(3))
         groups.append(rl.Group(comparison, prompt, rollouts, [""] * 3, torch.tensor([False, False, True]), None, None, None, advantages))
     tokens = sum(len(ids) for g in groups for ids in g.rollouts)
-    (-sum(a * separate_logprobs(policy, g.prompt, ids).sum() for g in groups for ids, a in zip(g.rollouts, g.advantages)) / tokens).backward()
+    (-sum(a * separate_logprobs(policy, g.prompt, ids).sum()
+          for g in groups for ids, a in zip(g.rollouts, g.advantages)) / tokens).backward()
     naive = {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
     policy.zero_grad()
     cfg = rl.Config(pack_tokens=200, kl_coef=0.0)
@@ -236,7 +240,8 @@ def test_the_first_gradient_is_that_of_reinforce_on_separate_sequences(policy, j
 
 def test_cut_off_rollouts_leave_the_loss_only_when_asked_to(policy):
     prompt = prompts_of(policy, visual_and_text()[:1])[0]
-    group = rl.Group(None, prompt, [[270, policy.end], [271, 272]], ["", ""], torch.tensor([False, True]), None, None, None, torch.tensor([1.0, -1.0]))
+    group = rl.Group(None, prompt, [[270, policy.end], [271, 272]], ["", ""], torch.tensor([False, True]), None, None, None,
+                     torch.tensor([1.0, -1.0]))
     for mask, kept in ((False, [True] * 4), (True, [True, True, False, False])):
         (batch,) = rl.make_batches([group], rl.Config(mask_truncated=mask, pack_tokens=1000))
         assert batch.keep.tolist() == kept and batch.advantage.tolist() == [1, 1, -1, -1]
@@ -299,13 +304,16 @@ def test_a_resumed_run_ends_with_the_weights_of_one_that_was_not_interrupted(who
 def test_two_ranks_take_the_steps_of_one(whole_run, flags, tmp_path):
     """Three prompts a step on two ranks: one has two, the other one. Sums come in another order, so the last digits of fp32 differ, and
     AdamW turns a gradient near zero into a step of up to lr: hence 2% of the distance travelled, measured over all weights together."""
-    words = [word for name, value in (flags | {"out": tmp_path / "two"}).items() for word in (f"--{name}", *map(str, value if isinstance(value, list) else [value]))]
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "rl_demo.py"), *words],
+    words = [word for name, value in (flags | {"out": tmp_path / "two"}).items()
+             for word in (f"--{name}", *map(str, value if isinstance(value, list) else [value]))]
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+                           str(ROOT / "rl_demo.py"), *words],
                           capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
     one, two = ([json.loads(line) for line in open(Path(out) / "model" / "metrics.jsonl")] for out in (whole_run.out, tmp_path / "two"))
     for a, b in zip(one, two, strict=True):
-        assert {key: a[key] for key in a if key != "seconds"} == pytest.approx({key: b[key] for key in b if key != "seconds"}, rel=2e-3, abs=1e-4)
+        assert ({key: a[key] for key in a if key != "seconds"}
+                == pytest.approx({key: b[key] for key in b if key != "seconds"}, rel=2e-3, abs=1e-4))
     start, ours, theirs = load_file(Path(flags["policy"]) / "model.safetensors"), weights_of(tmp_path / "two"), weights_of(whole_run.out)
     apart = sum((ours[name] - theirs[name]).pow(2).sum() for name in start).sqrt()
     travelled = sum((theirs[name] - start[name]).pow(2).sum() for name in start).sqrt()
@@ -339,19 +347,23 @@ def test_an_ensemble_pays_the_mean_of_its_members(policy, tiny):
 def test_bad_input_gets_one_line_that_says_what_to_do(flags, judge, backbones, tmp_path):
     other = tiny_backbone(tmp_path / "other", ["entirely different words make other tokens"] * 50, seed=1, width=64, vocabulary_head=True)
     rows = [{"prompt": "Name a colour.", "answer": "red"}, {"prompt": "Name a fruit."}]
-    for name, lines in (("unanswered", rows), ("empty", []), ("no_image", [{"prompt": "<image>What?", "images": ["none.png"], "answer": "a"}] * 2)):
+    for name, lines in (("unanswered", rows), ("empty", []),
+                        ("no_image", [{"prompt": "<image>What?", "images": ["none.png"], "answer": "a"}] * 2)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "comparisons.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
     cases = [({"policy": str(other)}, "another tokenizer family"), ({"policy": str(judge)}, "without a vocabulary head"),
              ({"policy": str(backbones())}, "without a vocabulary head"), ({"policy": "/nowhere"}, "cannot load a policy"),
-             ({"reward": ["rule"], "data": str(tmp_path / "unanswered")}, r"comparisons.jsonl:2: no `answer`"), ({"data": str(tmp_path / "empty")}, "holds no row"),
+             ({"reward": ["rule"], "data": str(tmp_path / "unanswered")}, r"comparisons.jsonl:2: no `answer`"),
+             ({"data": str(tmp_path / "empty")}, "holds no row"),
              ({"data": str(tmp_path / "no_image")}, "none.png does not exist"), ({"reward": ["best"]}, "want one or several of rule"),
-             ({"group_size": 1}, "at least 2"), ({"reward_model": [str(tmp_path)]}, "not a saved reward model"), ({"data": ""}, "needs --data")]
+             ({"group_size": 1}, "at least 2"), ({"reward_model": [str(tmp_path)]}, "not a saved reward model"),
+             ({"data": ""}, "needs --data")]
     for number, (change, message) in enumerate(cases):
         with pytest.raises(ValueError, match=message) as error:
             rl.main(rl.Config(**flags | change, out=str(tmp_path / f"run{number}")).resolved(), ALONE)
         assert "\n" not in str(error.value)
-    done = subprocess.run([sys.executable, str(ROOT / "rl_demo.py"), "--data", str(tmp_path / "empty"), "--out", str(tmp_path / "run")], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, str(ROOT / "rl_demo.py"), "--data", str(tmp_path / "empty"), "--out", str(tmp_path / "run")],
+                          capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith("rl_demo.py: ") and "Traceback" not in done.stderr
 
 
@@ -384,13 +396,16 @@ def test_score_is_a_reward_function_of_trl(policy_folder, tiny, tmp_path):
     c = visual_and_text()[0]
     messages = trl.data_utils.prepare_multimodal_messages([{"role": "user", "content": c.prompt.replace("<image>", "")}], images=c.images)
     answers = [[{"role": "assistant", "content": text}] for text in c.responses]
-    rewards = paid(prompts=[messages] * len(answers), completions=answers, completion_ids=None, images=[c.images] * len(answers), trainer_state=None)
+    rewards = paid(prompts=[messages] * len(answers), completions=answers, completion_ids=None, images=[c.images] * len(answers),
+                   trainer_state=None)
     assert rewards == pytest.approx(tiny.score(c.prompt, c.responses, c.images), abs=1e-5)
 
     folder = tiny_backbone(tmp_path / "text", TEXTS, kind="qwen2", width=64, vocabulary_head=True)
     rows = Dataset.from_list([{"prompt": [{"role": "user", "content": f"Name a colour, number {i}."}]} for i in range(4)])
-    options = trl.GRPOConfig(output_dir=str(tmp_path / "out"), per_device_train_batch_size=4, num_generations=2, max_completion_length=4, max_steps=1, beta=0.0,
-                             report_to=[], use_cpu=True, bf16=False, save_strategy="no", logging_steps=1)
-    trainer = trl.GRPOTrainer(model=str(folder), reward_funcs=paid, args=options, train_dataset=rows, processing_class=AutoTokenizer.from_pretrained(folder))
+    options = trl.GRPOConfig(output_dir=str(tmp_path / "out"), per_device_train_batch_size=4, num_generations=2,
+                             max_completion_length=4, max_steps=1, beta=0.0, report_to=[], use_cpu=True, bf16=False,
+                             save_strategy="no", logging_steps=1)
+    trainer = trl.GRPOTrainer(model=str(folder), reward_funcs=paid, args=options, train_dataset=rows,
+                              processing_class=AutoTokenizer.from_pretrained(folder))
     trainer.train()
     assert math.isfinite(trainer.state.log_history[0]["rewards/base_reward/mean"])

@@ -25,7 +25,8 @@ ALONE = World(0, 0, 1, torch.device("cpu"))
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
-    """24 drawn comparisons, laid so that of the first step's rows the first of two ranks gets those with an image, the second those without."""
+    """24 drawn comparisons, laid so that of the first step's rows the first of two ranks gets those with an image, the second those
+    without."""
     visual, text = ([c for c in synthetic(200) if bool(c.images) == kind][:12] for kind in (True, False))
     rows = [None] * 24
     for place, (_, row) in enumerate(Order([[1] * 24], [1.0], batch_size=64, seed=0).step(0)):
@@ -290,8 +291,8 @@ def test_an_over_long_comparison_is_dropped_and_counted_never_cut(cfg, tmp_path)
 
 @pytest.mark.parametrize("change, words", [
     ({"lr": 0.0}, "--lr 0.0 must be above zero"), ({"on_bad_row": "ignore"}, "want stop or skip"),
-    ({"data": ["nowhere"]}, "does not exist"), ({"backbone": "nowhere/at-all"}, "cannot load a backbone"), ({"head_activation": "gelu"}, "one of silu, tanh, relu, none"),
-    ({"data": ["x:heavy"]}, "not a weight")])
+    ({"data": ["nowhere"]}, "does not exist"), ({"backbone": "nowhere/at-all"}, "cannot load a backbone"),
+    ({"head_activation": "gelu"}, "one of silu, tanh, relu, none"), ({"data": ["x:heavy"]}, "not a weight")])
 def test_a_wrong_flag_is_one_clear_line(cfg, change, words):
     with pytest.raises(ValueError) as error:
         main(replace(cfg, **change).resolved(), ALONE)

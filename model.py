@@ -343,8 +343,10 @@ def attend_in_blocks(module, query, key, value, blocks, scaling=None, **_):
     out = []
     for start, middle, end, mask in blocks:
         prompt, responses, whole = slice(start, middle), slice(middle, end), slice(start, end)
-        out.append(F.scaled_dot_product_attention(query[:, :, prompt], key[:, :, prompt], value[:, :, prompt], is_causal=True, scale=scaling))
-        out.append(F.scaled_dot_product_attention(query[:, :, responses], key[:, :, whole], value[:, :, whole], attn_mask=mask, scale=scaling))
+        out.append(F.scaled_dot_product_attention(query[:, :, prompt], key[:, :, prompt], value[:, :, prompt], is_causal=True,
+                                                  scale=scaling))
+        out.append(F.scaled_dot_product_attention(query[:, :, responses], key[:, :, whole], value[:, :, whole], attn_mask=mask,
+                                                  scale=scaling))
     return torch.cat(out, dim=2).transpose(1, 2), None  # (1, T, heads, width of a head), no attention weights
 
 

@@ -1,6 +1,6 @@
 """GRPO with the reward model, and what it does to the true accuracy of a policy: BaseReward (arXiv 2509.16127), section 5.4.
 
-    python rl_demo.py                                  a tiny policy under all four rewards in turn, from one start; 2 minutes, and 75 s each
+    python rl_demo.py                                  a tiny policy under all four rewards, from one start: 2 minutes, and 75 s each
     python rl_demo.py --reward hybrid --out runs/rl-h  one of them
     python rl_demo.py --combine runs/rl-0 runs/rl-1    one table, mean and spread, of runs with several seeds
     torchrun --nproc_per_node 8 rl_demo.py --policy Qwen/Qwen2.5-VL-3B-Instruct --reward_model DIR --data FOLDER --reward hybrid \\
@@ -359,7 +359,8 @@ def roll_out(policy: Policy, reward_models: list[RewardModel], named: list[tuple
 
 UNITS = {word: words.split()[0] for words in (  # every spelling -> the first
     "cm centimeter centimeters centimetre centimetres", "mm", "m meter meters metre metres", "km kilometers kilometres", "g grams",
-    "kg kilograms", "s seconds", "min minutes", "h hours", "% percent", "° degree degrees", "$ dollars", "€ euros") for word in words.split()}
+    "kg kilograms", "s seconds", "min minutes", "h hours", "% percent", "° degree degrees", "$ dollars", "€ euros")
+    for word in words.split()}
 BOXED = re.compile(r"<answer>(.*?)</answer>|\\boxed\{([^{}]*)\}", re.DOTALL)
 PREAMBLE = re.compile(r"^\W*(?:the )?(?:(?:final|correct|right) )?(?:answer|option|choice)(?: is)?\b[\s:]*", re.IGNORECASE)
 LETTER = re.compile(r"^\W*([A-Za-z])(?:\W*$|[).:](?:\s|$))")  # "A", "(a)", "B.", "C) red"; not "a red circle"
@@ -737,8 +738,8 @@ def write_report(out: Path, cfg: Config) -> str:
     grid = "".join(f"<tr><td>{html.escape(line.strip('| ')).replace('|', '<td>')}" for line in markdown.splitlines()
                    if not line.startswith("|---"))
     write_text(out / "index.html", f"""<!doctype html><meta charset="utf-8"><title>GRPO with the reward model</title>
-<style>body{{font:15px sans-serif; margin:2em}} svg{{max-width:100%; height:auto}} td{{padding:2px 10px; border-bottom:1px solid #ddd}} pre{{font-size:12px;
-background:#f6f6f6; columns:2}}</style>
+<style>body{{font:15px sans-serif; margin:2em}} svg{{max-width:100%; height:auto}} td{{padding:2px 10px; border-bottom:1px solid #ddd}}
+pre{{font-size:12px; background:#f6f6f6; columns:2}}</style>
 <h1>GRPO with the reward model</h1><p>True accuracy in percent on {len(start["records"])} held-out prompts, {cfg.group_size} rollouts
 each at temperature 1, +- one standard error over prompts; reward: what is paid, at the start and at the end; r(x, y): the reward model's;
 KL to the start, per token; length in tokens.</p>

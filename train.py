@@ -395,7 +395,8 @@ def main(cfg: Config, world: World) -> int:
     blind = score_all(raw_model, shuffled, judges, cfg.pack_tokens, "images shuffled" if first else "", cfg.on_bad_row)
     blind = accuracy(shuffled, blind) if shuffled else None
     by_category = accuracy(held, rewards, by_category=True)
-    summary = {"accuracy": accuracy(held, rewards) if held else None, "accuracy_by_category": {name: a for name, (a, _) in by_category.items()},
+    summary = {"accuracy": accuracy(held, rewards) if held else None,
+               "accuracy_by_category": {name: value for name, (value, _) in by_category.items()},
                "accuracy_images_shuffled": blind, "n": sum(n for _, n in by_category.values()),
                "n_by_category": {name: n for name, (_, n) in by_category.items()}, "n_comparisons": len(held),
                "final_loss": sum(state["recent_loss"]) / max(len(state["recent_loss"]), 1), "seconds": round(state["seconds"], 1),

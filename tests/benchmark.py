@@ -28,7 +28,8 @@ from transformers.hf_argparser import HfArg, HfArgumentParser
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from model import Encoded, RewardModel, build_head, fill_packs, pack, pairwise_loss, plain_rewards, set_attention, tiny_backbone  # noqa: E402
+from model import (Encoded, RewardModel, build_head, fill_packs, pack, pairwise_loss, plain_rewards, set_attention,  # noqa: E402
+                   tiny_backbone)
 
 
 @dataclass(frozen=True)

@@ -75,15 +75,14 @@ def test_a_step_does_not_depend_on_how_its_pairs_fall_into_packs(backbones, draw
     assert parts_sums.tolist() == pytest.approx(whole_sums.tolist(), rel=1e-5)
 
 
-@pytest.mark.parametrize("mode", ["", "shard"])
-def test_two_ranks_take_the_step_of_one(backbones, drawn, tmp_path, mode):
-    """Also when one rank's pack holds no image and the other's all of them."""
-    run = torchrun(2, "tests/two_ranks.py", backbones(), drawn, tmp_path / "two.pt", mode)
+def test_two_ranks_take_the_step_of_one(backbones, drawn, tmp_path):
+    """With DDP and sharded, and with one rank whose pack holds no image beside one that holds all of them."""
+    run = torchrun(2, "tests/two_ranks.py", backbones(), drawn, tmp_path / "two.pt")
     assert run.returncode == 0, run.stderr[-2000:]
-    two, two_sums, shared = torch.load(tmp_path / "two.pt", weights_only=True)
     one, one_sums, _ = gradient(ALONE, backbones(), drawn)
-    assert shared[:, 2].tolist() == [12, 0] and relative(two, one) < 1e-6
-    assert two_sums.tolist() == pytest.approx(one_sums.tolist(), rel=1e-5)
+    for two, two_sums, shared in torch.load(tmp_path / "two.pt", weights_only=True):
+        assert shared[:, 2].tolist() == [12, 0] and relative(two, one) < 1e-6
+        assert two_sums.tolist() == pytest.approx(one_sums.tolist(), rel=1e-5)
 
 
 def test_the_learning_rate_rises_and_falls():
@@ -237,7 +236,7 @@ def test_a_run_that_never_leaves_log_2_says_so_and_exits_non_zero(cfg, tmp_path,
 # ----------------------------------------------------------------------------------------------- data as users bring it
 
 
-def test_a_folder_of_trl_rows_with_image_files_trains_end_to_end(tmp_path):
+def test_a_folder_of_trl_rows_with_image_files_trains_end_to_end(tmp_path, capsys):
     (tmp_path / "mine" / "photos").mkdir(parents=True)
     rows = []
     for i, colour in enumerate(["red", "blue", "green", "white"] * 5):
@@ -246,9 +245,8 @@ def test_a_folder_of_trl_rows_with_image_files_trains_end_to_end(tmp_path):
         rows.append({"prompt": ask, "images": [f"photos/{i}.jpg"],
                      "chosen": [{"role": "assistant", "content": colour}], "rejected": [{"role": "assistant", "content": "pink"}]})
     (tmp_path / "mine" / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run = torchrun(1, "train.py", "--data", tmp_path / "mine", "--out", tmp_path / "run", "--max_steps", 3)
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert "python evaluate.py --model" in run.stdout
+    mine = Config(data=[str(tmp_path / "mine")], out=str(tmp_path / "run"), max_steps=3).resolved()
+    assert main(mine, ALONE) == 0 and "python evaluate.py --model" in capsys.readouterr().out
     assert json.load(open(tmp_path / "run" / "summary.json"))["n"] == 2  # a tenth of the rows, held out
 
 

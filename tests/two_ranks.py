@@ -1,4 +1,4 @@
-"""What test_train.py runs under torchrun: one step's gradient, saved by the first rank. Arguments: backbone, data, file, [shard]."""
+"""What test_train.py runs under torchrun: one step's gradient, with DDP and sharded. Arguments: backbone, data, file."""
 import sys
 
 import torch
@@ -38,7 +38,7 @@ def gradient(world, backbone, folder, pack_tokens=1024, shard=False):
 
 if __name__ == "__main__":
     world = setup()
-    result = gradient(world, sys.argv[1], sys.argv[2], shard="shard" in sys.argv)
+    results = [gradient(world, sys.argv[1], sys.argv[2], shard=shard) for shard in (False, True)]
     if world.rank == 0:
-        torch.save(result, sys.argv[3])
+        torch.save(results, sys.argv[3])
     world.close()

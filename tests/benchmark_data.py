@@ -1,6 +1,6 @@
 """What the data path costs at the paper's 2.8M pairs: run by hand, asserted nowhere.
 
-    python tests/benchmark_data.py --folder /tmp/million --rows 2800000       about 3 GB of disk, removed at the end
+    python tests/benchmark_data.py --folder data/million --rows 2800000       about 3 GB of disk, removed at the end
 
 Writes a file of invented pairs of about 1 kB, converts it with `data.py pairs`' own function, opens the result for training, and reads
 rows at random. Prints seconds (of the clock, and of this process's CPU), rows a second and resident memory (workers not included).

@@ -1,6 +1,7 @@
 """What the data path costs at the paper's 2.8M pairs: run by hand, asserted nowhere.
 
-    python tests/benchmark_data.py --folder data/million --rows 2800000       about 3 GB of disk, removed at the end
+    python tests/benchmark_data.py --folder data/million --no_convert         opening 2.8M rows: about 3 GB of disk, removed at the end
+    python tests/benchmark_data.py --folder data/million --rows 280000        with the conversion
 
 Writes a file of invented pairs of about 1 kB, converts it with `data.py pairs`' own function, opens the result for training, and reads
 rows at random. Prints seconds (of the clock, and of this process's CPU), rows a second and resident memory (workers not included).
@@ -41,6 +42,7 @@ def main() -> None:
     parser.add_argument("--folder", required=True, help="a folder that does not exist yet; it is removed at the end")
     parser.add_argument("--rows", type=int, default=2_800_000)
     parser.add_argument("--workers", type=int, default=0, help="of the conversion; 0 takes all cores")
+    parser.add_argument("--no_convert", action="store_true", help="open the written rows as they are")
     parser.add_argument("--reads", type=int, default=100_000, help="rows read at random")
     args = parser.parse_args()
     folder = Path(args.folder)
@@ -50,12 +52,16 @@ def main() -> None:
         print(f"{args.rows} rows, {(folder / 'source.jsonl').stat().st_size / 1e9:.2f} GB; imports and all: {resident()}", flush=True)
 
         start = time.time()
-        if os.fork() == 0:  # in a process of its own, so that opening is measured without what conversion left behind
+        if args.no_convert:
+            (folder / "set").mkdir()
+            os.rename(folder / "source.jsonl", folder / "set" / "comparisons.jsonl")
+        elif os.fork() == 0:  # in a process of its own, so that opening is measured without what conversion left behind
             report = data.convert("pairs", data.Config(source=str(folder / "source.jsonl"), out=str(folder / "set"), workers=args.workers))
             seconds = time.time() - start
             print(f"converted {report['comparisons']} in {seconds:.0f} s, {args.rows / seconds:.0f} rows/s, {resident()}", flush=True)
             os._exit(0)
-        os.wait()
+        else:
+            os.wait()
 
         start, cpu = time.time(), time.process_time()
         rows = data.read_comparisons(folder / "set")

@@ -426,13 +426,13 @@ def draw(shapes: list[tuple[str, str, int, int, int]], rng: random.Random):
     return image
 
 
-def synthetic_comparison(seed: int, i: int) -> Comparison:
+def synthetic_comparison(seed: int, i: int, held_out: bool = False) -> Comparison:
     """The i-th comparison of a seed: a question on a drawn picture or on a text, and 2 to 4 responses graded from right to wrong.
 
     Whether right or wrong, every response is drawn from the same distribution, so nothing but the picture tells them apart: a model
-    that does not look is at chance on the visual questions.
+    that does not look is at chance on the visual questions. The boxes of texts have even numbers; odd ones are held out.
     """
-    rng = random.Random(f"{seed} {i}")
+    rng = random.Random(f"{'held out ' * held_out}{seed} {i}")
     category = rng.choice((*VISUAL, "text"))
     colour, shape, place = rng.choice(list(COLOURS)), rng.choice(SHAPES), rng.choice(list(PLACES))
     k = rng.randint(2, 4)
@@ -441,7 +441,7 @@ def synthetic_comparison(seed: int, i: int) -> Comparison:
         return rng.sample([v for v in values if v != right], k - 1)
 
     if category == "text":
-        number = rng.randint(1000, 9999)
+        number = rng.randrange(1000, 10000, 2) + held_out
         prompt, images = f"Box {number} is {colour}. What colour is box {number}?", []
         responses = [colour, *others(COLOURS, colour)]
     elif category == "count":
@@ -473,15 +473,12 @@ def synthetic_comparison(seed: int, i: int) -> Comparison:
                       source="synthetic", category=category, answer=responses[0])
 
 
-def synthetic(n: int, seed: int = 0) -> list[Comparison]:
-    """n comparisons of coloured shapes: questions of colour, shape, count, position, two at once, and some without an image."""
-    return [synthetic_comparison(seed, i) for i in range(n)]
+def synthetic(n: int, seed: int = 0, held_out: bool = False) -> list[Comparison]:
+    """n comparisons of coloured shapes: questions of colour, shape, count, position, two at once, and some without an image.
 
-
-def held_out(train, n: int = 800, seed: int = 1_000_000) -> list[Comparison]:
-    """Comparisons of another seed than training's, less those whose text a training comparison without an image has too."""
-    seen = {c.prompt for c in train if not c.images}
-    return [c for c in synthetic(n, seed) if c.prompt not in seen]
+    Those with `held_out` are for examinations: whatever the two seeds, no picture and no text of them occurs among the others.
+    """
+    return [synthetic_comparison(seed, i, held_out) for i in range(n)]
 
 
 @contextlib.contextmanager

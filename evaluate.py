@@ -56,13 +56,14 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
-from data import BadRow, World, held_out, inside, read_comparisons, setup, synthetic, text_of
+from data import BadRow, World, inside, read_comparisons, setup, synthetic, text_of
 from model import (MARK, Comparison, RewardModel, encode, ensemble_weights, fill_packs, is_video, open_frames, open_image, pack,
                    to_messages)
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 # 1  Rewards
 
+DRAWN = 800  # comparisons of the embedded default, the very ones that train.py holds out (a test compares)
 CHUNK = 64  # comparisons that are encoded together, go to one rank, and are kept together when a run is interrupted
 
 
@@ -328,7 +329,7 @@ def read_benchmark(name: str, sources, on_bad_row: str) -> list:
     """Every row as (where it stands, Comparison); with on_bad_row "skip" a bad one as (where, the ValueError that says what is wrong)."""
     rows, makers = [], []
     if name == "comparisons" and not sources:
-        makers = [(f"drawn comparison {i + 1}", lambda c=c: c) for i, c in enumerate(default_comparisons())]
+        makers = [(f"drawn comparison {i + 1}", lambda c=c: c) for i, c in enumerate(synthetic(DRAWN, held_out=True))]
     elif name == "comparisons":
         files = [read_comparisons(source) for source in sources]
         makers = [(f"{file.file} row {i + 1}", lambda file=file, i=i: file[i]) for file in files for i in range(len(file))]
@@ -349,14 +350,6 @@ def read_benchmark(name: str, sources, on_bad_row: str) -> list:
     if not any(isinstance(comparison, Comparison) for _, comparison in rows):
         raise BadRow(f"not one of {len(rows)} rows can be used; the first: {rows[0][1]}")
     return rows
-
-
-TRAIN_SIZE, EVAL_SIZE = 14000, 800  # the defaults of train.py, which a test compares
-
-
-def default_comparisons() -> list[Comparison]:
-    """What train.py's embedded default holds out: drawn from another seed, less what its training rows say without a picture."""
-    return held_out(synthetic(TRAIN_SIZE), EVAL_SIZE)
 
 
 SHARED = 16  # responses that go with one prompt at most: with thousands it would not fit a pack

@@ -520,9 +520,9 @@ def take_step(model, reference: Policy, optimizer, batches: list[Batch], filler:
 
 
 def open_prompts(cfg: Config) -> tuple[list, list[int], list[int]]:
-    """(rows, which of them to learn from, which to evaluate on). Drawn pictures: one exam for all seeds, and no prompt of another seed."""
+    """(rows, which of them to learn from, which to evaluate on). Drawn pictures: one exam for all seeds, and none of it among the prompts."""
     if not cfg.data:
-        rows = synthetic(cfg.max_steps * cfg.batch_size, seed=3_000_000 + cfg.seed) + synthetic(cfg.eval_size, seed=4_000_000)
+        rows = synthetic(cfg.max_steps * cfg.batch_size, seed=3_000_000 + cfg.seed) + synthetic(cfg.eval_size, held_out=True)
         n = len(rows) - cfg.eval_size
         return rows, list(range(n)), list(range(n, len(rows)))
     rows = read_comparisons(cfg.data, needs_responses=False)

@@ -38,7 +38,7 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
-from data import (BadRow, Order, StopSignal, World, claim_folder, held_out, read_comparisons, setup, synthetic, write_state, write_text)
+from data import BadRow, Order, StopSignal, World, claim_folder, read_comparisons, setup, synthetic, write_state, write_text
 from evaluate import accuracy, draw_curves, score_all, shuffle_images
 from model import Comparison, RewardModel, encode, fill_packs, pack, pairwise_loss, tiny_backbone
 
@@ -97,8 +97,7 @@ class Config:
 def open_data(cfg: Config) -> tuple[list, list, list[float]]:
     """(training sets, held-out comparisons, weight of each set). The embedded default is one set drawn with --seed."""
     if not cfg.data:
-        train = synthetic(cfg.train_size, cfg.seed)
-        return [train], held_out(train, cfg.eval_size), [1.0]
+        return [synthetic(cfg.train_size, cfg.seed)], synthetic(cfg.eval_size, held_out=True), [1.0]
     sets, weights = [], []
     for item in cfg.data:
         folder, colon, weight = item.rpartition(":")

@@ -10,7 +10,7 @@ from PIL import Image
 
 import data
 from conftest import ROOT
-from data import BadRow, Comparisons, Order, held_out, parse_row, read_comparisons, synthetic, write_comparisons
+from data import BadRow, Comparisons, Order, parse_row, read_comparisons, synthetic, write_comparisons
 
 GOOD = {"prompt": "Name a fruit.", "responses": ["Apple", "Table"], "pairs": [[0, 1]]}
 
@@ -165,11 +165,11 @@ def test_without_the_picture_the_right_response_cannot_be_told():
 
 
 def test_held_out_comparisons_were_not_seen_in_training():
-    train = synthetic(2000, seed=0)
-    held = held_out(train)
-    assert len(held) >= 500
-    seen = {(c.prompt, *sorted(c.responses), *(i.tobytes() for i in c.images)) for c in train}
-    assert not seen & {(c.prompt, *sorted(c.responses), *(i.tobytes() for i in c.images)) for c in held}
+    def contents(comparisons):
+        return {(c.prompt, *(i.tobytes() for i in c.images)) for c in comparisons}
+
+    assert len(held := contents(synthetic(800, held_out=True))) == 800
+    assert not held & contents(synthetic(3000, seed=0)) and not held & contents(synthetic(1000, seed=7))
 
 
 def test_a_written_folder_reads_back_the_same(tmp_path):

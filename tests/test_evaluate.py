@@ -213,8 +213,9 @@ def test_images_removed_leaves_the_question_alone(tiny):
 
 
 def test_the_default_set_is_the_one_that_training_held_out():
-    defaults = train.Config()
-    assert (evaluate.TRAIN_SIZE, evaluate.EVAL_SIZE, 0) == (defaults.train_size, defaults.eval_size, defaults.seed)
+    assert evaluate.DRAWN == train.Config().eval_size
+    held, ours = train.open_data(train.Config(train_size=1))[1], read_benchmark("comparisons", [], "stop")
+    assert [(c.prompt, c.responses) for c in held] == [(c.prompt, c.responses) for _, c in ours]
 
 
 def test_threads_do_not_change_the_tokens(tiny):
@@ -482,7 +483,7 @@ columns = getComputedStyle(d.querySelector(".answers")).gridTemplateColumns;
     (dict(model=["EYES"], ensemble="vote"), "--ensemble 'vote': want one of average"),
     (dict(rescore="total_dataset.json"), "is not the predictions.jsonl of an earlier run")])
 def test_bad_input_is_one_line_that_says_what_to_do(settings, words, models, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "default_comparisons", lambda: synthetic(3))
+    monkeypatch.setattr(evaluate, "DRAWN", 3)
     named = {"EYES": str(models / "eyes"), "TEXT": str(models / "text")}
     settings = {key: ([named.get(v, str(FIXTURES / v) if (FIXTURES / v).exists() else v) for v in value]
                       if isinstance(value, list) else value)

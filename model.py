@@ -25,6 +25,7 @@ M models.
 Where this differs from the paper. It names neither the token at which the reward is read nor the head's hidden width: we read at the
 response's last token, `<|im_end|>`, and use the width of the backbone. Sharing the prompt between responses changes speed, not rewards.
 """
+import contextlib
 import json
 import math
 import os
@@ -354,8 +355,18 @@ AttentionInterface.register("blocks", attend_in_blocks)
 
 
 def set_attention(backbone, name: str) -> None:
-    """"blocks" for packs; "sdpa" is the stock one, which takes packs too, with the full table, and is what everything else needs."""
+    """"blocks" for packs, "sdpa" for the padded rows that everything else means by a batch. The vision tower always has "sdpa"."""
     backbone.set_attn_implementation({"text_config": name, "vision_config": "sdpa"} if hasattr(backbone, "visual") else name)
+
+
+@contextlib.contextmanager
+def stock_attention(backbone):
+    """For padded rows and for `generate`; afterwards the backbone takes packs again."""
+    set_attention(backbone, "sdpa")
+    try:
+        yield
+    finally:
+        set_attention(backbone, "blocks")
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -371,8 +382,7 @@ def hidden_states(backbone, pack: Pack) -> torch.Tensor:
     """
     decoder = getattr(backbone, "language_model", backbone)
     embeds = decoder.get_input_embeddings()(pack.input_ids)  # (T, D)
-    in_blocks = decoder.config._attn_implementation == "blocks"  # else the dense table (1, 1, T, T): one row, all heads
-    mask = {"full_attention": branch_blocks(pack) if in_blocks else branch_mask(pack.comparison, pack.branch)[None, None]}
+    mask = {"full_attention": branch_blocks(pack)}
     if not hasattr(backbone, "visual"):  # a text decoder knows one kind of position
         positions = mrope_positions(pack, -1, -1)[:1]  # (1, T)
     else:
@@ -630,12 +640,8 @@ def plain_rewards(model: RewardModel, comparisons: list[Encoded]) -> torch.Tenso
         positions = torch.stack([F.pad(p, (0, width - p.shape[1])) for p in positions], dim=1)  # (3, R, width)
     else:
         positions = torch.stack([F.pad(mrope_positions(p, -1, -1)[0], (0, width - len(p.input_ids))) for p in packs])  # (R, width)
-    set_attention(model.backbone, "sdpa")
-    try:
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
-            hidden = model.backbone(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, **inputs).last_hidden_state
-    finally:
-        set_attention(model.backbone, "blocks")
+    with stock_attention(model.backbone), torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
+        hidden = model.backbone(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, **inputs).last_hidden_state
     last = torch.stack([p.last_token[0] for p in packs])
     return model.head(hidden[torch.arange(len(rows), device=last.device), last].to(model.head[-1].weight.dtype))[:, 0]
 

@@ -39,11 +39,9 @@ Dr. GRPO (2503.20783) comes --no_std; from DAPO (2503.14476) the loss per token,
 replaced by fresh ones) and --mask_truncated. Left out: LoRA, sharding of the policy's weights (of the optimiser's only), several
 mini-batches a pass, temperatures other than 1, tools and turns.
 """
-import base64
 import contextlib
 import copy
 import html
-import io
 import json
 import math
 import os
@@ -51,6 +49,7 @@ import random
 import re
 import shutil
 import statistics
+import string
 import subprocess
 import sys
 import time
@@ -70,9 +69,9 @@ from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForImageTex
 from transformers.hf_argparser import HfArg
 
 from data import BadRow, Order, StopSignal, World, claim_folder, read_comparisons, setup, synthetic, write_state, write_text
-from evaluate import draw_curves
+from evaluate import draw_curves, html_table, markdown, thumbnails
 from model import (END, IMAGE_PAD, VIDEO_PAD, Comparison, Encoded, Pack, RewardModel, encode, fill_packs, hidden_states, load_processors,
-                   mrope_positions, open_frames, open_image, pack, quiet, replace_responses, split_by_kind, is_video)
+                   mrope_positions, pack, quiet, replace_responses, set_attention, split_by_kind, stock_attention)
 
 REWARDS = ("rule", "model", "hybrid", "pairwise")
 DEFAULT_REWARD_MODEL = "runs/default"  # where train.py leaves it
@@ -139,6 +138,7 @@ class Policy(nn.Module):
 
     def __init__(self, lm, tokenizer, image_processor):
         super().__init__()
+        set_attention(lm.model, "blocks")
         self.lm, self.tokenizer, self.image_processor = lm, tokenizer, image_processor
         # An image token in a rollout would stand for a picture that is not there. Both the sampling and the log-probabilities leave it out.
         self.never = tokenizer.convert_tokens_to_ids([IMAGE_PAD, VIDEO_PAD]) if hasattr(lm.model, "visual") else []
@@ -309,7 +309,7 @@ def generate(policy: Policy, prompts: list[Encoded], seeds: list[int], group_siz
         position_ids = torch.stack([F.pad(p, (width - p.shape[1], 0)) for p in positions], dim=1)  # (3, prompts, width)
     else:
         position_ids = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+    with stock_attention(lm.model), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         cache = lm.model(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], position_ids=position_ids[..., :-1], use_cache=True,
                          **inputs).past_key_values
         cache.batch_repeat_interleave(group_size)
@@ -424,7 +424,6 @@ def reward(kind: str, matches: torch.Tensor, r: torch.Tensor, truncated: torch.T
     return rewards
 
 
-
 def group_advantages(rewards: torch.Tensor, no_std: bool = False) -> torch.Tensor:
     """4  A = (R - mean R) / (std R + 1e-6), over the G rollouts of one prompt; std with 1/G, not 1/(G - 1).
 
@@ -437,7 +436,6 @@ def group_advantages(rewards: torch.Tensor, no_std: bool = False) -> torch.Tenso
         return torch.zeros_like(rewards)
     centred = rewards - rewards.mean()
     return centred if no_std else centred / (rewards.std(correction=0) + 1e-6)
-
 
 
 def kl_estimate(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
@@ -520,7 +518,7 @@ def take_step(model, reference: Policy, optimizer, batches: list[Batch], filler:
 
 
 def open_prompts(cfg: Config) -> tuple[list, list[int], list[int]]:
-    """(rows, which of them to learn from, which to evaluate on). Drawn pictures: one exam for all seeds, and none of it among the prompts."""
+    """(rows, which of them to learn from, which to evaluate on). Drawn pictures: one exam for all seeds, none of it among the prompts."""
     if not cfg.data:
         rows = synthetic(cfg.max_steps * cfg.batch_size, seed=3_000_000 + cfg.seed) + synthetic(cfg.eval_size, held_out=True)
         n = len(rows) - cfg.eval_size
@@ -650,18 +648,16 @@ def figures(records: list[dict], kind: str | None = None) -> dict:
             "truncated": sum(map(sum, (r["truncated"] for r in records))) / rollouts}
 
 
-def table(rows: dict[str, dict], spread: dict[str, float]) -> str:
-    """Markdown in the manner of Table 11: the start and each reward in a line, true accuracy in percent."""
+def table(rows: dict[str, dict], spread: dict[str, float]) -> list[list[str]]:
+    """In the manner of Table 11: the start and each reward in a line, true accuracy in percent."""
     categories = list(rows["start"]["accuracy_by_category"])
-    lines = ["| policy | accuracy | " + " | ".join(categories) + " | reward | r(x, y) | KL | length | cut off |",
-             "|---" * (len(categories) + 7) + "|"]
+    lines = [["policy", "accuracy", *categories, "reward", "r(x, y)", "KL", "length", "cut off"]]
     for name, f in rows.items():
         paid = "" if f["reward"] is None else f"{f['reward_at_start']:.2f} -> {f['reward']:.2f}"
-        cells = [name, f"{100 * f['accuracy']:.1f} +- {100 * spread[name]:.1f}",
-                 *(f"{100 * f['accuracy_by_category'][c]:.1f}" for c in categories),
-                 paid, f"{f['model_reward']:.2f}", f"{f['kl']:.3f}", f"{f['length']:.1f}", f"{100 * f['truncated']:.1f}%"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([name, f"{100 * f['accuracy']:.1f} +- {100 * spread[name]:.1f}",
+                      *(f"{100 * f['accuracy_by_category'][c]:.1f}" for c in categories),
+                      paid, f"{f['model_reward']:.2f}", f"{f['kl']:.3f}", f"{f['length']:.1f}", f"{100 * f['truncated']:.1f}%"])
+    return lines
 
 
 def combine(folders: list[str]) -> str:
@@ -678,78 +674,78 @@ def combine(folders: list[str]) -> str:
 
     names = [name for name in runs[0] if all(name in run for run in runs)]
     spread = {name: statistics.stdev([run[name]["accuracy"] for run in runs]) if len(runs) > 1 else 0.0 for name in names}
-    lines = [table({name: mean([run[name] for run in runs]) for name in names}, spread), ""]
+    lines = [markdown(table({name: mean([run[name] for run in runs]) for name in names}, spread)), ""]
     for name in names[1:]:
         gains = [100 * (run[name]["accuracy"] - run["start"]["accuracy"]) for run in runs]
         lines.append(f"{name}: {statistics.fmean(gains):+.1f} points over the start on average ({', '.join(f'{g:+.1f}' for g in gains)})")
     return "\n".join(lines)
 
 
-def picture_of(comparison: Comparison) -> str:
-    """The first image of a prompt, or the first frame of a video, at most 224 pixels wide and high, as an <img> that holds its data."""
-    if not comparison.images:
-        return ""
-    source, buffer = comparison.images[0], io.BytesIO()
-    image = (open_frames(source)[0] if is_video(source) else open_image(source)).copy()
-    image.thumbnail((224, 224))
-    image.save(buffer, "PNG")
-    return f'<img src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+def before_and_after(before: dict, after: dict[str, dict], cfg: Config) -> str:
+    """Rollouts, rewards and advantages of one prompt at the start and after each reward, as text."""
+    prompt = before["prompt"] if isinstance(before["prompt"], str) else json.dumps(before["prompt"])
+    lines = [f"=== {prompt}   (answer: {before['answer']})"]
+    for kind, record in after.items():
+        for name, r in ((f"{kind}, before", before), (f"{kind}, after", record)):
+            paid = rewards_of(r, kind)
+            advantages = group_advantages(paid, cfg.no_std)
+            lines.append(f"--- {name}")
+            for i, said in enumerate(r["texts"]):
+                lines.append(f"{'+' if r['matches'][i] else ' '} {said + ' [cut off]' * r['truncated'][i]:<24} "
+                             f"r {r['model_rewards'][i]:6.2f}   R {paid[i]:6.2f}   A {advantages[i]:6.2f}")
+    return "\n".join(lines)
+
+
+PAGE = string.Template("""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>GRPO with the reward model</title>
+<style>body{font:15px sans-serif; margin:2em} svg{max-width:100%; height:auto} .table{overflow-x:auto} table{border-collapse:collapse}
+td,th{padding:2px 10px; border-bottom:1px solid #ddd; text-align:right; white-space:nowrap} td:first-child,th:first-child{text-align:left}
+pre{font-size:12px; background:#f6f6f6; padding:1em; columns:24em; overflow-x:auto} img{max-width:224px}</style>
+<h1>GRPO with the reward model</h1><p>True accuracy in percent on $n held-out prompts, $group_size rollouts
+each at temperature 1, +- one standard error over prompts; reward: what is paid, at the start and at the end; r(x, y): the reward model's;
+KL to the start, per token; length in tokens.</p>
+<div class="table">$table</div><p>A reward that rises while the true accuracy does not is being hacked.</p>$curves
+<h2>Some prompts, before and after</h2><p>$legend.</p>$prompts<h2>Settings</h2><pre>$settings</pre></html>
+""")
+LEGEND = "+ marks a match with the answer; r is the reward model's reward, R the reward that is paid, A the advantage"
 
 
 def write_report(out: Path, cfg: Config) -> str:
-    """table.md, summary.json, curves.svg, rollouts.txt and index.html from what the parts of the run have left in `out`; returns the
-    table."""
+    """table.md, summary.json, curves.svg, rollouts.txt and index.html from what the parts of the run left in `out`; returns the table."""
     start = json.loads((out / "start.json").read_text())
     results = {kind: json.loads((out / kind / "result.json").read_text()) for kind in REWARDS if (out / kind / "result.json").exists()}
     rows = {"start": figures(start["records"])}
     for kind, result in results.items():
         rows[kind] = figures(result["records"], kind) | {"reward_at_start": figures(start["records"], kind)["reward"]}
-    markdown = table(rows, {name: f["standard_error"] for name, f in rows.items()})
+    lines = table(rows, {name: f["standard_error"] for name, f in rows.items()})
     summary = {"policies": rows, "n": len(start["records"]), "rollouts_per_prompt": cfg.group_size, "config": asdict(cfg),
                "seconds": {"start": start["seconds"]} | {kind: result["seconds"] for kind, result in results.items()}}
 
-    def smooth(kind, key):  # means over 1/25 of the run
-        log = [json.loads(line) for line in open(out / kind / "metrics.jsonl")]
-        parts = [[row for row in log[i:i + max(len(log) // 25, 1)] if row[key] is not None]
-                 for i in range(0, len(log), max(len(log) // 25, 1))]
+    logs = {kind: [json.loads(line) for line in open(out / kind / "metrics.jsonl")] for kind in results}
+
+    def smooth(log, key):  # means over 1/25 of the run
+        width = max(len(log) // 25, 1)
+        parts = [[row for row in log[i:i + width] if row[key] is not None] for i in range(0, len(log), width)]
         return [(part[-1]["step"], statistics.fmean(row[key] for row in part)) for part in parts if part]
 
-    panels = (("reward that is paid", "reward"), ("r(x, y), the reward model's", "model_reward"),
-              ("true accuracy of the rollouts", "accuracy"),
-              ("KL to the start, per token", "kl"))
-    draw_curves(out / "curves.svg", f"GRPO, seed {cfg.seed}", [(heading, {kind: smooth(kind, key) for kind in results},
-                                                               {"start": rows["start"]["accuracy"]} if key == "accuracy" else {})
-                                                               for heading, key in panels])
-    after, text, page = {kind: {r["row"]: r for r in result["records"]} for kind, result in results.items()}, [], []
-    for row, picture in start["shown"]:
-        before = next(r for r in start["records"] if r["row"] == row)
-        lines = [f"=== {before['prompt'] if isinstance(before['prompt'], str) else json.dumps(before['prompt'])}   "
-                 f"(answer: {before['answer']})"]
-        for kind in results:
-            for name, record in ((f"{kind}, before", before), (f"{kind}, after", after[kind][row])):
-                paid, lines = rewards_of(record, kind), [*lines, f"--- {name}"]
-                for said, ok, cut, r, R, a in zip(record["texts"], record["matches"], record["truncated"], record["model_rewards"],
-                                                  paid.tolist(),
-                                                  group_advantages(paid, cfg.no_std).tolist()):
-                    lines.append(f"{'+' if ok else ' '} {said + ' [cut off]' * cut:<24} r {r:6.2f}   R {R:6.2f}   A {a:6.2f}")
-        text.append("\n".join(lines))
-        page.append(f"{picture}<pre>{html.escape(text[-1])}</pre>")
-    legend = "+ marks a match with the answer; r is the reward model's reward, R the reward that is paid, A the advantage"
-    grid = "".join(f"<tr><td>{html.escape(line.strip('| ')).replace('|', '<td>')}" for line in markdown.splitlines()
-                   if not line.startswith("|---"))
-    write_text(out / "index.html", f"""<!doctype html><meta charset="utf-8"><title>GRPO with the reward model</title>
-<style>body{{font:15px sans-serif; margin:2em}} svg{{max-width:100%; height:auto}} td{{padding:2px 10px; border-bottom:1px solid #ddd}}
-pre{{font-size:12px; background:#f6f6f6; columns:2}}</style>
-<h1>GRPO with the reward model</h1><p>True accuracy in percent on {len(start["records"])} held-out prompts, {cfg.group_size} rollouts
-each at temperature 1, +- one standard error over prompts; reward: what is paid, at the start and at the end; r(x, y): the reward model's;
-KL to the start, per token; length in tokens.</p>
-<table>{grid}</table><p>A reward that rises while the true accuracy does not is being hacked.</p>{(out / "curves.svg").read_text()}
-<h2>Some prompts, before and after</h2><p>{legend}.</p>{"".join(page)}<h2>Settings</h2><pre>{html.escape(json.dumps(asdict(cfg),
-indent=1))}</pre>""")
-    write_text(out / "rollouts.txt", "\n\n".join([legend, *text]) + "\n")
-    write_text(out / "table.md", markdown + "\n")
+    panels = {"reward": "reward that is paid", "model_reward": "r(x, y), the reward model's", "accuracy": "true accuracy of the rollouts",
+              "kl": "KL to the start, per token"}
+    draw_curves(out / "curves.svg", f"GRPO, seed {cfg.seed}", [
+        (heading, {kind: smooth(log, key) for kind, log in logs.items()}, {"start": rows["start"]["accuracy"]} if key == "accuracy" else {})
+        for key, heading in panels.items()])
+
+    before = {r["row"]: r for r in start["records"]}
+    after = {row: {kind: next(r for r in result["records"] if r["row"] == row) for kind, result in results.items()}
+             for row, _ in start["shown"]}
+    texts = [before_and_after(before[row], after[row], cfg) for row, _ in start["shown"]]
+    prompts = "".join(f"{picture}<pre>{html.escape(text)}</pre>" for (_, picture), text in zip(start["shown"], texts))
+    write_text(out / "index.html", PAGE.substitute(
+        n=len(before), group_size=cfg.group_size, table=html_table(lines), curves=(out / "curves.svg").read_text(), legend=LEGEND,
+        prompts=prompts, settings=html.escape(json.dumps(asdict(cfg), indent=1))))
+    write_text(out / "rollouts.txt", "\n\n".join([LEGEND, *texts]) + "\n")
+    write_text(out / "table.md", markdown(lines) + "\n")
     write_text(out / "summary.json", json.dumps(summary, indent=1) + "\n")
-    return markdown
+    return markdown(lines)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -796,7 +792,6 @@ def grpo(kind: str, start, reference: Policy, reward_models, rows, train: list[i
             g.rewards = reward(kind, g.matches, g.model_rewards, g.truncated)
             # 4  Advantages
             g.advantages = group_advantages(g.rewards, cfg.no_std)
-        equal = [g for g in groups if not g.advantages.any()]
 
         # 5  Logprobs   6  Loss   7  Update
         batches = make_batches([g for g in groups if not (cfg.drop_equal and not g.advantages.any())], cfg)
@@ -806,27 +801,27 @@ def grpo(kind: str, start, reference: Policy, reward_models, rows, train: list[i
         if tokens:
             sums, norms = take_step(model.train(), reference, optimizer, batches, filler, cfg, world, micro_steps, tokens)
         bad = sum(not math.isfinite(norm) for norm in norms)
-        state |= {"step": step + 1, "bad_gradients": state["bad_gradients"] + bad, "bad_in_a_row": state["bad_in_a_row"] + bad if bad
-                  else 0}
+        state |= {"step": step + 1, "bad_gradients": state["bad_gradients"] + bad,
+                  "bad_in_a_row": state["bad_in_a_row"] + bad if bad else 0}
 
-        # Log, save
-        known = [g for g in groups if g.comparison.answer]
-        own = [sum(len(g.rollouts) for g in groups), sum(g.rewards.sum().item() for g in groups),
-               sum(g.model_rewards.sum().item() for g in groups),
-               sum(len(g.rollouts) for g in known), sum(g.matches.sum().item() for g in known),
-               sum(len(ids) for g in groups for ids in g.rollouts),
-               sum(g.truncated.sum().item() for g in groups), len(equal), len(groups), *sums]
-        n, paid, r, n_known, right, length, cut, n_equal, n_groups, loss, kl, far = world.gather(own).sum(dim=0).tolist()
-        row = {"step": step + 1, "reward": paid / n, "model_reward": r / n, "accuracy": right / n_known if n_known else None,
-               "kl": kl / max(tokens, 1), "length": length / n, "truncated": cut / n, "equal_groups": n_equal / n_groups,
-               "clipped": far / max(tokens, 1),
-               "loss": loss / max(tokens, 1), "grad_norm": max(norms, default=0.0), "tokens": tokens,
-               "seconds": round(time.time() - started, 3)}
+        # Log and save: (sum on this rank, number of what is summed there), which become means over all ranks
+        rollouts, known = sum(len(g.rollouts) for g in groups), [g for g in groups if g.comparison.answer]
+        own = {"reward": (sum(g.rewards.sum().item() for g in groups), rollouts),
+               "model_reward": (sum(g.model_rewards.sum().item() for g in groups), rollouts),
+               "accuracy": (sum(g.matches.sum().item() for g in known), sum(len(g.rollouts) for g in known)),
+               "length": (sum(len(ids) for g in groups for ids in g.rollouts), rollouts),
+               "truncated": (sum(g.truncated.sum().item() for g in groups), rollouts),
+               "equal_groups": (sum(not g.advantages.any() for g in groups), len(groups))} | {
+               name: (value, max(tokens, 1) / world.world_size) for name, value in zip(("loss", "kl", "clipped"), sums)}
+        total = world.gather([x for pair in own.values() for x in pair]).sum(dim=0).view(-1, 2).tolist()
+        row = {"step": step + 1} | {name: value / n if n else None for name, (value, n) in zip(own, total)} | {
+            "grad_norm": max(norms, default=0.0), "tokens": tokens, "seconds": round(time.time() - started, 3)}
         state["log"] = [*state["log"], row]
         if first:
             write_text(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in state["log"]))
-        bar.set_postfix_str(f"reward {row['reward']:.3f} accuracy {row['accuracy'] if n_known else math.nan:.3f} kl {row['kl']:.3f} "
-                            f"length {row['length']:.1f} equal {row['equal_groups']:.2f} norm {row['grad_norm']:.2f}")
+        bar.set_postfix_str(f"reward {row['reward']:.3f} kl {row['kl']:.3f} length {row['length']:.1f} "
+                            f"equal {row['equal_groups']:.2f} norm {row['grad_norm']:.2f}"
+                            + ("" if row["accuracy"] is None else f" accuracy {row['accuracy']:.3f}"))
         bar.update()
         if cfg.save_every and (step + 1) % cfg.save_every == 0 and step + 1 < steps:
             save_checkpoint(folder / "checkpoint.pt", policy, optimizer, world, state | {"seconds": state["seconds"] + time.time() - begun})
@@ -882,7 +877,7 @@ def main(cfg: Config, world: World) -> int:
         records = examine(reference, reference, reward_models, *exam, cfg, world)
         if first:
             kinds = {r["category"]: r["row"] for r in reversed(records) if "<image>" in r["prompt"]} | {r["row"]: r["row"] for r in records}
-            shown = [(i, picture_of(rows[i])) for i in list(dict.fromkeys(kinds.values()))[:5]]
+            shown = [(i, "".join(map(thumbnails, rows[i].images))) for i in list(dict.fromkeys(kinds.values()))[:5]]
             write_text(out / "start.json", json.dumps({"records": records, "shown": shown,
                                                        "seconds": round(time.time() - began, 1)}) + "\n")
         say(f"start: true accuracy {figures(records)['accuracy']:.3f} on {len(records)} held-out prompts, {cfg.group_size} rollouts each")

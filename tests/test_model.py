@@ -189,11 +189,17 @@ def test_a_token_sees_its_prompt_and_its_own_branch_only():
 
 def test_attention_in_blocks_is_attention_with_the_full_table(tiny):
     p = pack(encoded(tiny))
-    in_blocks = tiny(p)
-    m.set_attention(tiny.backbone, "sdpa")
-    with_table = tiny(p)
-    m.set_attention(tiny.backbone, "blocks")
-    assert (in_blocks - with_table).abs().max() < 1e-5 and tiny.backbone.language_model.config._attn_implementation == "blocks"
+    query, key, value = (torch.randn(1, heads, len(p.input_ids), 8) for heads in (4, 2, 2))
+    in_blocks, _ = m.attend_in_blocks(None, query, key, value, m.branch_blocks(p))
+    with_table = torch.nn.functional.scaled_dot_product_attention(query, key, value, branch_mask(p.comparison, p.branch), enable_gqa=True)
+    assert (in_blocks.transpose(1, 2) - with_table).abs().max() < 1e-5
+
+
+def test_the_stock_attention_is_on_loan(tiny):
+    with pytest.raises(KeyError), m.stock_attention(tiny.backbone):
+        assert tiny.backbone.language_model.config._attn_implementation == "sdpa"
+        raise KeyError("whatever happens inside")
+    assert tiny.backbone.language_model.config._attn_implementation == "blocks"
 
 
 # ----------------------------------------------------------------------------------------------- fast and plain

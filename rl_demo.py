@@ -691,8 +691,8 @@ def before_and_after(before: dict, after: dict[str, dict], cfg: Config) -> str:
             advantages = group_advantages(paid, cfg.no_std)
             lines.append(f"--- {name}")
             for i, said in enumerate(r["texts"]):
-                lines.append(f"{'+' if r['matches'][i] else ' '} {said + ' [cut off]' * r['truncated'][i]:<24} "
-                             f"r {r['model_rewards'][i]:6.2f}   R {paid[i]:6.2f}   A {advantages[i]:6.2f}")
+                lines.append(f"r {r['model_rewards'][i]:6.2f}   R {paid[i]:6.2f}   A {advantages[i]:6.2f}  "
+                             f"{'+' if r['matches'][i] else ' '} {' '.join(said.split())}{' [cut off]' * r['truncated'][i]}")
     return "\n".join(lines)
 
 
@@ -700,7 +700,7 @@ PAGE = string.Template("""<!doctype html><html lang="en"><meta charset="utf-8"><
 <title>GRPO with the reward model</title>
 <style>body{font:15px sans-serif; margin:2em} svg{max-width:100%; height:auto} .table{overflow-x:auto} table{border-collapse:collapse}
 td,th{padding:2px 10px; border-bottom:1px solid #ddd; text-align:right; white-space:nowrap} td:first-child,th:first-child{text-align:left}
-pre{font-size:12px; background:#f6f6f6; padding:1em; columns:24em; overflow-x:auto} img{max-width:224px}</style>
+pre{font-size:12px; background:#f6f6f6; padding:1em; columns:36em; white-space:pre-wrap; overflow-wrap:anywhere} img{max-width:224px}</style>
 <h1>GRPO with the reward model</h1><p>True accuracy in percent on $n held-out prompts, $group_size rollouts
 each at temperature 1, +- one standard error over prompts; reward: what is paid, at the start and at the end; r(x, y): the reward model's;
 KL to the start, per token; length in tokens.</p>

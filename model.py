@@ -405,6 +405,13 @@ def hidden_states(backbone, pack: Pack) -> torch.Tensor:
     return out.last_hidden_state[0]
 
 
+def recompute_activations(backbone) -> None:
+    """Gradient checkpointing: the backward pass computes each layer's activations again. transformers 5.23 renamed the method, and drops
+    the old name in version 6."""
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+    getattr(backbone, next(name for name in names if hasattr(backbone, name)))({"use_reentrant": False})
+
+
 ACTIVATIONS = {"silu": nn.SiLU, "tanh": nn.Tanh, "relu": nn.ReLU, "none": nn.Identity}
 
 

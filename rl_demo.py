@@ -71,7 +71,8 @@ from transformers.hf_argparser import HfArg
 from data import BadRow, Order, StopSignal, World, claim_folder, read_comparisons, setup, synthetic, write_state, write_text
 from evaluate import draw_curves, html_table, markdown, thumbnails
 from model import (END, IMAGE_PAD, VIDEO_PAD, Comparison, Encoded, Pack, RewardModel, encode, fill_packs, hidden_states, load_processors,
-                   mrope_positions, pack, quiet, replace_responses, set_attention, split_by_kind, stock_attention)
+                   mrope_positions, pack, quiet, recompute_activations, replace_responses, set_attention, split_by_kind,
+                   stock_attention)
 
 REWARDS = ("rule", "model", "hybrid", "pairwise")
 DEFAULT_REWARD_MODEL = "runs/default"  # where train.py leaves it
@@ -700,7 +701,8 @@ PAGE = string.Template("""<!doctype html><html lang="en"><meta charset="utf-8"><
 <title>GRPO with the reward model</title>
 <style>body{font:15px sans-serif; margin:2em} svg{max-width:100%; height:auto} .table{overflow-x:auto} table{border-collapse:collapse}
 td,th{padding:2px 10px; border-bottom:1px solid #ddd; text-align:right; white-space:nowrap} td:first-child,th:first-child{text-align:left}
-pre{font-size:12px; background:#f6f6f6; padding:1em; columns:36em; white-space:pre-wrap; overflow-wrap:anywhere} img{max-width:224px}</style>
+pre{font-size:12px; background:#f6f6f6; padding:1em; columns:36em; white-space:pre-wrap; overflow-wrap:anywhere}
+img{max-width:224px}</style>
 <h1>GRPO with the reward model</h1><p>True accuracy in percent on $n held-out prompts, $group_size rollouts
 each at temperature 1, +- one standard error over prompts; reward: what is paid, at the start and at the end; r(x, y): the reward model's;
 KL to the start, per token; length in tokens.</p>
@@ -758,7 +760,7 @@ def grpo(kind: str, start, reference: Policy, reward_models, rows, train: list[i
     folder.mkdir(exist_ok=True)
     policy = load_policy(start, cfg.max_pixels).to(world.device)
     if cfg.gradient_checkpointing:
-        policy.lm.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_activations(policy.lm)
     model = policy
     if world.world_size > 1:
         model = DistributedDataParallel(policy, device_ids=[world.local_rank] if world.device.type == "cuda" else None,

@@ -40,7 +40,7 @@ from transformers.hf_argparser import HfArg
 
 from data import BadRow, Order, StopSignal, World, claim_folder, read_comparisons, setup, synthetic, write_state, write_text
 from evaluate import accuracy, draw_curves, score_all, shuffle_images
-from model import Comparison, RewardModel, encode, fill_packs, pack, pairwise_loss, tiny_backbone
+from model import Comparison, RewardModel, encode, fill_packs, pack, pairwise_loss, recompute_activations, tiny_backbone
 
 LOG2 = math.log(2)  # the loss of a model that knows nothing
 LEFTOVER = ("metrics.jsonl", "tiny_backbone", "checkpoint.pt.partial")  # of a run that ended before its first checkpoint
@@ -275,7 +275,7 @@ def main(cfg: Config, world: World) -> int:
     if cfg.freeze_vision and hasattr(raw_model.backbone, "visual"):
         raw_model.backbone.visual.requires_grad_(False)
     if cfg.gradient_checkpointing:
-        raw_model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_activations(raw_model.backbone)
     parameters = sum(p.numel() for p in raw_model.parameters())
     model, judges = raw_model, world
     if cfg.shard and world.world_size > 1:

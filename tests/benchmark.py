@@ -35,7 +35,7 @@ from model import (Encoded, RewardModel, build_head, fill_packs, pack, pairwise_
 @dataclass(frozen=True)
 class Config:
     mode: str = HfArg(default="score", help="score: forward only; train: forward and backward")
-    shape: str = HfArg(default="tiny", help="tiny, or 7b: Qwen2.5-VL-7B with random weights, bf16")
+    shape: str = HfArg(default="tiny", help="tiny, or 3b, 7b: Qwen2.5-VL's with random weights, bf16")
     width: int = HfArg(default=128, help="of the tiny shape's text model, a multiple of 32")
     layers: int = HfArg(default=4, help="of the tiny shape's text model")
     prompt_tokens: int = HfArg(default=1024, help="tokens of a prompt, the image's among them")
@@ -47,22 +47,27 @@ class Config:
     repetitions: int = HfArg(default=5, help="timed turns of each way, after one that is not timed")
 
 
-def shape_7b() -> Qwen2_5_VLConfig:
-    """Qwen2.5-VL-7B-Instruct's sizes."""
-    text = dict(vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
-                num_key_value_heads=4, max_position_embeddings=128000,
-                rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]})
-    vision = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=3584, window_size=112,
+SIZES = {"3b": dict(vocab_size=151936, hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16,
+                    num_key_value_heads=2),
+         "7b": dict(vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+                    num_key_value_heads=4)}
+
+
+def published_shape(name: str) -> Qwen2_5_VLConfig:
+    """Qwen2.5-VL-3B-Instruct's or -7B-Instruct's sizes."""
+    text = SIZES[name] | dict(max_position_embeddings=128000,
+                              rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]})
+    vision = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=text["hidden_size"], window_size=112,
                   fullatt_block_indexes=[7, 15, 23, 31], tokens_per_second=2)
     return Qwen2_5_VLConfig(text_config=text, vision_config=vision, image_token_id=151655, video_token_id=151656,
-                            vision_start_token_id=151652, vision_end_token_id=151653)
+                            vision_start_token_id=151652, vision_end_token_id=151653, tie_word_embeddings=name == "3b")
 
 
 def make_model(cfg: Config, device) -> RewardModel:
     """Random weights of the asked-for shape."""
     torch.manual_seed(0)
-    if cfg.shape == "7b":
-        config, dtype = shape_7b(), torch.bfloat16
+    if cfg.shape in SIZES:
+        config, dtype = published_shape(cfg.shape), torch.bfloat16
     else:
         with tempfile.TemporaryDirectory() as folder:
             config, dtype = AutoConfig.from_pretrained(tiny_backbone(folder, ["a b c"], width=cfg.width)), torch.float32

@@ -223,6 +223,18 @@ def test_one_pack_equals_separate_padded_sequences(backbones, kind):
     assert (fast_gradient - plain_gradient).norm() < 1e-5 * plain_gradient.norm()
 
 
+def test_recomputed_activations_give_the_same_gradient(tiny):
+    p, gradients = pack(encoded(tiny)), []
+    for recompute in (False, True):
+        model = copy.deepcopy(tiny).train()
+        if recompute:
+            m.recompute_activations(model.backbone)
+        pairwise_loss(model(p), p.pairs).backward()
+        gradients.append(torch.cat([q.grad.flatten() for q in model.parameters()]))
+    layer = next(layer for layer in model.backbone.language_model.layers)
+    assert layer.gradient_checkpointing and (gradients[0] - gradients[1]).norm() <= 1e-6 * gradients[0].norm()
+
+
 def test_a_reward_ignores_its_neighbours_in_the_pack(tiny):
     items = encoded(tiny)
     together = tiny(pack(items))

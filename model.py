@@ -314,6 +314,13 @@ def mrope_positions(pack: Pack, image_pad: int, video_pad: int, merge_size: int 
     return torch.tensor([time, row, column], device=pack.input_ids.device)
 
 
+def positions_of(pack: Pack, config) -> torch.Tensor:
+    """M-RoPE positions (3, T) as a backbone's configuration has them. Qwen2.5-VL counts time in absolute units (tokens_per_second);
+    without a frame rate we take one second per two frames, Qwen's own sampling. Qwen2-VL has no such setting and counts moments."""
+    return mrope_positions(pack, config.image_token_id, config.video_token_id, config.vision_config.spatial_merge_size,
+                           video_step=getattr(config.vision_config, "tokens_per_second", 1))
+
+
 def branch_mask(comparison: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
     """(T, T) True where token i may look at token j: same comparison, j not after i, and j in the prompt or in i's own branch.
 
@@ -397,10 +404,7 @@ def hidden_states(backbone, pack: Pack) -> torch.Tensor:
             blank = torch.zeros(4, 3 * 2 * 14 * 14, device=embeds.device)
             vision = backbone.visual(blank, grid_thw=torch.tensor([[1, 2, 2]], device=embeds.device)).pooler_output
             embeds = embeds + 0.0 * vision.sum().to(embeds.dtype)
-        # Qwen2.5-VL counts time in absolute units (tokens_per_second); without a frame rate we take one second per two frames,
-        # Qwen's own sampling. Qwen2-VL has no such setting and counts moments.
-        positions = mrope_positions(pack, config.image_token_id, config.video_token_id, config.vision_config.spatial_merge_size,
-                                    video_step=getattr(config.vision_config, "tokens_per_second", 1))[:, None]  # (3, 1, T)
+        positions = positions_of(pack, config)[:, None]  # (3, 1, T)
     out = decoder(inputs_embeds=embeds[None], position_ids=positions, attention_mask=mask, use_cache=False)
     return out.last_hidden_state[0]
 
@@ -627,30 +631,40 @@ def ensemble_weights(margins: torch.Tensor, rule: str) -> torch.Tensor:
 def plain_rewards(model: RewardModel, comparisons: list[Encoded]) -> torch.Tensor:
     """Rewards (R,) the stock way: one row [prompt, response] per response, padded on the right, images encoded again for each row.
 
-    What `RewardModel.forward` must equal, and what tests/benchmark.py measures it against. Each row is a comparison with K = 1, so
-    its positions come from `mrope_positions`; the mask is the ordinary causal one, and transformers puts the images in place.
+    What `RewardModel.forward` must equal, and what tests/benchmark.py measures it against. Each row is a comparison with K = 1; the
+    mask is the ordinary causal one, and transformers puts the images in place.
     """
     rows = [replace_responses(c, [ids]) for c in comparisons for ids in c.response_ids]
-    packs = [pack([row]).to(model.device) for row in rows]
-    width = max(len(p.input_ids) for p in packs)
-    ids = torch.stack([F.pad(p.input_ids, (0, width - len(p.input_ids))) for p in packs])  # (R, width)
-    mask = torch.stack([F.pad(torch.ones_like(p.input_ids), (0, width - len(p.input_ids))) for p in packs])
-    inputs, positions = {}, []
-    if hasattr(model.backbone, "visual"):
-        config = model.backbone.config
-        step = getattr(config.vision_config, "tokens_per_second", 1)
-        positions = [mrope_positions(p, config.image_token_id, config.video_token_id, video_step=step) for p in packs]
-        for kind, token, suffix in (("image", config.image_token_id, ""), ("video", config.video_token_id, "_videos")):
-            grids, pixels = split_by_kind(packs, token, config)
-            if grids:
-                inputs |= {f"{kind}_grid_thw": torch.stack(grids), f"pixel_values{suffix}": torch.cat(pixels)}
-        positions = torch.stack([F.pad(p, (0, width - p.shape[1])) for p in positions], dim=1)  # (3, R, width)
-    else:
-        positions = torch.stack([F.pad(mrope_positions(p, -1, -1)[0], (0, width - len(p.input_ids))) for p in packs])  # (R, width)
+    inputs = padded_rows(rows, model.backbone)
     with stock_attention(model.backbone), torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
-        hidden = model.backbone(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, **inputs).last_hidden_state
-    last = torch.stack([p.last_token[0] for p in packs])
+        hidden = model.backbone(**inputs, use_cache=False).last_hidden_state  # (R, width, D)
+    last = inputs["attention_mask"].sum(dim=1) - 1
     return model.head(hidden[torch.arange(len(rows), device=last.device), last].to(model.head[-1].weight.dtype))[:, 0]
+
+
+def padded_rows(rows: list[Encoded], backbone, on_the_left: bool = False) -> dict[str, torch.Tensor]:
+    """What transformers' models take: one padded row for each item, with its prompt and at most one response.
+
+    Trap: transformers works out 3-D positions only when it is also given `mm_token_type_ids`, and falls back to 1-D ones without a
+    word; so they are given here, from `mrope_positions`. It takes images and videos apart, where a pack keeps them in order.
+    """
+    packs = [pack([row]).to(next(backbone.parameters()).device) for row in rows]
+    width = max(len(p.input_ids) for p in packs)
+
+    def pad(values):  # (..., tokens of the row) -> (..., width)
+        missing = width - values.shape[-1]
+        return F.pad(values, (missing, 0) if on_the_left else (0, missing))
+
+    inputs = {"input_ids": torch.stack([pad(p.input_ids) for p in packs]),
+              "attention_mask": torch.stack([pad(torch.ones_like(p.input_ids)) for p in packs])}
+    if not hasattr(backbone, "visual"):
+        return inputs | {"position_ids": torch.stack([pad(mrope_positions(p, -1, -1)[0]) for p in packs])}  # (rows, width)
+    config = backbone.config
+    for kind, token, suffix in (("image", config.image_token_id, ""), ("video", config.video_token_id, "_videos")):
+        grids, pixels = split_by_kind(packs, token, config)
+        if grids:
+            inputs |= {f"{kind}_grid_thw": torch.stack(grids), f"pixel_values{suffix}": torch.cat(pixels)}
+    return inputs | {"position_ids": torch.stack([pad(positions_of(p, config)) for p in packs], dim=1)}  # (3, rows, width)
 
 
 def replace_responses(comparison: Encoded, response_ids: list[list[int]]) -> Encoded:
@@ -658,7 +672,7 @@ def replace_responses(comparison: Encoded, response_ids: list[list[int]]) -> Enc
 
 
 def split_by_kind(packs: list[Pack], token: int, config) -> tuple[list, list]:
-    """Grids and patches of the images, or of the videos, of some packs: transformers takes the two apart, a pack keeps them in order."""
+    """Grids and patches of the images, or of the videos, of some packs."""
     grids, pixels = [], []
     for p in packs:
         runs = p.input_ids[(p.input_ids == config.image_token_id) | (p.input_ids == config.video_token_id)]

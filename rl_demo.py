@@ -59,7 +59,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -71,8 +70,7 @@ from transformers.hf_argparser import HfArg
 from data import BadRow, Order, StopSignal, World, claim_folder, read_comparisons, setup, synthetic, write_state, write_text
 from evaluate import draw_curves, html_table, markdown, thumbnails
 from model import (END, IMAGE_PAD, VIDEO_PAD, Comparison, Encoded, Pack, RewardModel, encode, fill_packs, hidden_states, load_processors,
-                   mrope_positions, pack, quiet, recompute_activations, replace_responses, set_attention, split_by_kind,
-                   stock_attention)
+                   pack, padded_rows, quiet, recompute_activations, replace_responses, set_attention, stock_attention)
 
 REWARDS = ("rule", "model", "hybrid", "pairwise")
 DEFAULT_REWARD_MODEL = "runs/default"  # where train.py leaves it
@@ -290,38 +288,25 @@ def generate(policy: Policy, prompts: list[Encoded], seeds: list[int], group_siz
     The seam for a faster engine: whatever takes prompts and gives token ids can stand here, if it samples at temperature 1 without top-k,
     top-p or penalties, and has the weights of this step. The loss never takes an engine's log-probabilities, always `Policy.forward`'s.
 
-    Prompts are padded on the left and read once; their keys and values are then repeated G times. Trap: transformers takes 3-D positions
-    from `mm_token_type_ids` and falls back to 1-D ones without a word; the positions here are those of the pack, from `mrope_positions`.
+    Prompts are padded on the left and read once, all but their last token; the keys and values are then repeated G times, and
+    transformers goes on from that token.
     """
-    lm, device, width = policy.lm, policy.device, max(len(p.prompt_ids) for p in prompts)
-    packs, config, inputs = [pack([p]).to(device) for p in prompts], policy.lm.config, {}
-    ids = torch.stack([F.pad(p.input_ids, (width - len(p.input_ids), 0)) for p in packs])  # (prompts, width)
-    mask = torch.stack([F.pad(torch.ones_like(p.input_ids), (width - len(p.input_ids), 0)) for p in packs])
-    if hasattr(lm.model, "visual"):
-        step = getattr(config.vision_config, "tokens_per_second", 1)
-        positions = [mrope_positions(p, config.image_token_id, config.video_token_id, config.vision_config.spatial_merge_size, step)
-                     for p in packs]
-        for kind, token, suffix in (("image", config.image_token_id, ""), ("video", config.video_token_id, "_videos")):
-            grids, pixels = split_by_kind(packs, token, config)
-            if grids:
-                inputs |= {f"{kind}_grid_thw": torch.stack(grids), f"pixel_values{suffix}": torch.cat(pixels)}
-        ahead = torch.stack([p.max() + 1 - p.shape[1] for p in positions])  # by how much the next position is not the count of tokens
-        lm.model.rope_deltas = ahead[:, None].repeat_interleave(group_size, dim=0)
-        position_ids = torch.stack([F.pad(p, (width - p.shape[1], 0)) for p in positions], dim=1)  # (3, prompts, width)
-    else:
-        position_ids = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    with stock_attention(lm.model), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        cache = lm.model(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], position_ids=position_ids[..., :-1], use_cache=True,
+    lm, inputs = policy.lm, padded_rows(prompts, policy.lm.model, on_the_left=True)
+    ids, mask, positions = (inputs.pop(name) for name in ("input_ids", "attention_mask", "position_ids"))
+    if hasattr(lm.model, "visual"):  # by how much the next position is not the count of tokens
+        lm.model.rope_deltas = (positions.amax(dim=(0, 2)) + 1 - mask.sum(dim=1))[:, None].repeat_interleave(group_size, dim=0)
+    with stock_attention(lm.model), torch.autocast(policy.device.type, torch.bfloat16, enabled=policy.device.type == "cuda"):
+        cache = lm.model(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[..., :-1], use_cache=True,
                          **inputs).past_key_values
         cache.batch_repeat_interleave(group_size)
         # A configuration of our own: the checkpoint's may hold a repetition penalty, which the log-probabilities would know nothing of
         written = lm.generate(
             input_ids=ids.repeat_interleave(group_size, dim=0), attention_mask=mask.repeat_interleave(group_size, dim=0),
             past_key_values=cache,
-            logits_processor=LogitsProcessorList([Dice(seeds, group_size, policy.never, device)]),
+            logits_processor=LogitsProcessorList([Dice(seeds, group_size, policy.never, policy.device)]),
             generation_config=GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, repetition_penalty=1.0,
                                                eos_token_id=policy.end,
-                                               pad_token_id=policy.tokenizer.pad_token_id))[:, width:].tolist()
+                                               pad_token_id=policy.tokenizer.pad_token_id))[:, ids.shape[1]:].tolist()
     rollouts = [row[:row.index(policy.end) + 1] if policy.end in row else row for row in written]
     return [rollouts[i:i + group_size] for i in range(0, len(rollouts), group_size)]
 

@@ -216,8 +216,8 @@ def make_policy(cfg: Config, folder: Path, reward_model: RewardModel) -> None:
     """The start of the laptop run: the backbone of the tiny reward model with a fresh vocabulary head, fine-tuned.
 
     The backbone stands in for a pretrained one. For three quarters of the steps the policy learns the right answers; in the last
-    quarter the answers are of mixed quality: for every prompt the right one twice and a wrong one twice. So it knows what is in the
-    picture, and says it about half the time: RL is to make of it a policy that always does.
+    quarter the answers are of mixed quality: for every prompt three times the right one and two wrong ones. So it knows, mostly, what
+    is in the picture, and says it about half the time: RL is to make of it a policy that always does.
     """
     if sum(p.numel() for p in reward_model.parameters()) > 20e6:
         raise ValueError(f"the reward model {cfg.reward_model[0]} is not a tiny one; name a policy of its family with --policy")
@@ -235,7 +235,7 @@ def make_policy(cfg: Config, folder: Path, reward_model: RewardModel) -> None:
         shown = []
         for c in rows[step * n:(step + 1) * n]:
             wrong = [r for r in c.responses if r != c.answer]
-            mixed = [c.answer, c.answer, rng.choice(wrong), rng.choice(wrong)] if 4 * step >= 3 * cfg.sft_steps else [c.answer]
+            mixed = [c.answer] * 3 + rng.choices(wrong, k=2) if 4 * step >= 3 * cfg.sft_steps else [c.answer]
             shown.append(replace(c, pairs=[], responses=mixed))
         loss = -policy(pack(shown, policy.tokenizer, policy.image_processor).to(policy.device)).mean()
         loss.backward()

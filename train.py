@@ -50,8 +50,8 @@ LEFTOVER = ("metrics.jsonl", "tiny_backbone", "checkpoint.pt.partial")  # of a r
 class Config:
     backbone: str = HfArg(default="tiny", help="'tiny' (made on the spot), a folder, or a hub id such as Qwen/Qwen2.5-VL-7B-Instruct")
     data: list[str] = HfArg(default_factory=list, help="data folders, with a weight if wanted: a b:2.0; none: drawn pictures (data.py)")
-    eval_data: list[str] = HfArg(default_factory=list, help="data folders for the final accuracy; none: --eval_size rows of --data")
-    eval_size: int = HfArg(default=800, help="comparisons for the final accuracy: drawn anew, or at most a tenth of --data")
+    eval_data: list[str] = HfArg(default_factory=list, help="folders for the final accuracy; none: --data's held_out.jsonl, or rows of it")
+    eval_size: int = HfArg(default=800, help="comparisons for the final accuracy: drawn, from held_out.jsonl, or a tenth of --data at most")
     out: str = HfArg(default="runs/default", help="run folder; the final reward model lies in it")
     overwrite: bool = HfArg(default=False, help="delete what --out holds and start anew")
     resume: bool = HfArg(default=False, help="go on from the checkpoint in --out")
@@ -114,11 +114,21 @@ def open_data(cfg: Config) -> tuple[list, list, list[float]]:
     if not held:
         total = sum(len(rows) for rows in sets)
         for s, rows in enumerate(sets):  # each set gives its share, spread evenly over its rows
-            n = min(math.ceil(cfg.eval_size * len(rows) / total), len(rows) // 10)
-            chosen = {i * len(rows) // n for i in range(n)}
-            held.append(rows.only(sorted(chosen)))
-            sets[s] = rows.only([i for i in range(len(rows)) if i not in chosen])
+            n, apart = math.ceil(cfg.eval_size * len(rows) / total), rows.folder / "held_out.jsonl"
+            if apart.is_file():  # whole prompts, from data.py --hold_out: none of them is in training with other responses
+                rest = read_comparisons(apart)
+                held.append(rest.only(spread(n, len(rest))))
+            else:
+                chosen = set(spread(min(n, len(rows) // 10), len(rows)))
+                held.append(rows.only(sorted(chosen)))
+                sets[s] = rows.only([i for i in range(len(rows)) if i not in chosen])
     return sets, [c for rows in held for c in usable(rows, cfg.on_bad_row)], weights
+
+
+def spread(n: int, rows: int) -> list[int]:
+    """At most n of so many rows, at even distances."""
+    n = min(n, rows)
+    return [i * rows // n for i in range(n)]
 
 
 def usable(rows, on_bad_row: str):

@@ -279,6 +279,17 @@ def test_a_held_out_row_that_cannot_be_used_does_not_lose_the_steps_before_it(cf
     assert json.load(open(f"{cfg.out}/summary.json"))["accuracy"] is None
 
 
+def test_rows_held_out_by_whole_prompts_are_preferred_to_rows_of_the_training_file(drawn, tmp_path):
+    """data.py --hold_out writes held_out.jsonl; without it single rows are taken out, whose prompt may stay in training with others."""
+    rows = [Comparison("Which?", [f"yes {i}", "no"], [(0, 1)]) for i in range(20)]
+    folder = write_comparisons(tmp_path / "plain", rows, bar=False)
+    sets, held, _ = train.open_data(Config(data=[str(folder)], eval_size=5))
+    assert len(sets[0]) == 18 and [c.responses[0] for c in held] == ["yes 0", "yes 10"]
+    (folder / "held_out.jsonl").write_text("".join(f'{{"prompt": "Apart?", "chosen": "{i}", "rejected": "none"}}\n' for i in range(8)))
+    sets, held, _ = train.open_data(Config(data=[str(folder)], eval_size=5))
+    assert len(sets[0]) == 20 and [c.responses[0] for c in held] == ["0", "1", "3", "4", "6"]
+
+
 def test_an_over_long_comparison_is_dropped_and_counted_never_cut(cfg, tmp_path):
     rows = [Comparison("Short?", ["yes", "no"], [(0, 1)])] * 7 + [Comparison("Long?", ["word " * 600, "no"], [(0, 1)])]
     folder = write_comparisons(tmp_path / "long", rows, bar=False)

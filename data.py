@@ -181,6 +181,15 @@ class BadRow(ValueError):
     """A row that cannot be used: one line with the file, the line number, what was found and what to do."""
 
 
+def from_json(row):
+    """A row decoded, if it is JSON still (bytes or text). ValueError says where it breaks off."""
+    try:
+        return json.loads(row) if isinstance(row, (bytes, str)) else row
+    except ValueError as error:  # not JSON, or not even UTF-8
+        what = f"{error.msg} at character {error.pos}" if isinstance(error, json.JSONDecodeError) else error
+        raise ValueError(f"malformed JSON: {what}; want one JSON object a line") from None
+
+
 def parse_row(row: dict, folder: Path, needs_responses: bool = True) -> Comparison:
     """A native row or one of TRL's preference rows as a Comparison. ValueError says what is wrong with it.
 
@@ -304,9 +313,7 @@ class Comparisons:
     def __getitem__(self, i: int) -> Comparison:
         line = os.pread(self.descriptor, self.lengths[i], self.starts[i])  # pread: safe from several threads
         try:
-            return parse_row(json.loads(line), self.folder, self.needs_responses)
-        except json.JSONDecodeError as error:
-            raise self.bad_row(i, f"malformed JSON ({error.msg} at character {error.pos}); mend or delete the line") from None
+            return parse_row(from_json(line), self.folder, self.needs_responses)
         except (ValueError, TypeError, AttributeError, KeyError) as error:
             raise self.bad_row(i, error) from None
 
@@ -533,7 +540,8 @@ def need(row: dict, *names: str) -> list:
     for name in names:
         found = [row[key] for key in name.split("|") if key in row] if isinstance(row, dict) else []
         if not found:
-            raise ValueError(f"no field {name.replace('|', ' or ')}: found {sorted(row) if isinstance(row, dict) else str(row)[:80]}")
+            raise ValueError(f"no field {name.replace('|', ' or ')}: found {sorted(row) if isinstance(row, dict) else str(row)[:80]}; "
+                             "is this the file of another set?")
         values.append(next((value for value in found if value not in (None, "", [])), found[0]))
     return values
 
@@ -577,7 +585,7 @@ def r1_reward(row: dict) -> dict:
     Trap: these are the pairs GPT-4o found hard, not the 200k of the paper, which nobody published as one file (README).
     """
     message, answer, image = need(row, "message", "answer", "image")
-    text = "".join(part["text"] for part in json.loads(message)[0]["content"] if part.get("type") == "text")
+    text = "".join(part["text"] for part in from_json(message)[0]["content"] if part.get("type") == "text")
     verdict, found = re.search(r"<answer>\s*([12])\s*</answer>", str(answer)), JUDGE.search(text)
     if not found or text.count("[Response 1]:") != 1 or text.count("[Response 2]:") != 1:
         raise ValueError(f"no [Question]:, [Response 1]:, [Response 2]: once each in the message: {text[-80:]!r}")
@@ -715,7 +723,7 @@ def vlfeedback(row: dict) -> dict:
 def rlhf_v(row: dict) -> dict:
     """openbmb/RLHF-V-Dataset, 5,733 pairs, CC BY-NC 4.0. Trap: question and responses are JSON inside the string `text`."""
     text, image = need(row, "text", "image")
-    return pair(*need(json.loads(text), "question", "chosen", "rejected"), image)
+    return pair(*need(from_json(text), "question", "chosen", "rejected"), image)
 
 
 CRITIC = re.compile(r"Question: \[(.*?)\]\s*\n\s*(?:Response 1|Response A|The first response): \[(.*?)\]\s*\n\s*"
@@ -773,11 +781,11 @@ def thinklite(row: dict) -> dict:
 
 
 ANY = "train*.parquet *.parquet *.jsonl *.json"
-SETS = {  # name: (row -> comparison, files of a local folder: those of the first pattern that finds any, splits on the hub as config:split)
+SETS = {  # name: (row -> comparison, files of a local folder and splits on the hub: see read_rows)
     "r1-reward": (r1_reward, ANY, "train"),
     "mm-rlhf": (mm_rlhf, "data.jsonl *.parquet dpo_pairs.jsonl", "train"),
     "rlaif-v": (rlaif_v, ANY, "train"),
-    "mmpr": (mmpr, "meta.json *.jsonl", "train"),
+    "mmpr": (mmpr, "*.jsonl", "train"),
     "mmif": (mmif, "dpo/*.json *dpo*.json", "train"),
     "omnialign": (omnialign, "*.jsonl", "train"),
     "ultrafeedback-all": (ultrafeedback_all, ANY, "train"),
@@ -802,17 +810,20 @@ SETS = {  # name: (row -> comparison, files of a local folder: those of the firs
 # ---------------------------------------------------------------------------------------------------------------------------------
 # 7  Sources
 
+SUFFIXES = (".json", ".jsonl", ".parquet")
+
 
 def json_rows(file: Path):
-    """(number, row) of a file of JSON Lines, rows still as bytes, or of one JSON list, which is read in pieces and never whole
+    """(file, number, row) of a file of JSON Lines, rows still as bytes, or of one JSON list, which is read in pieces and never whole
     in memory."""
     with open(file, "rb") as lines:
-        if lines.read(64).lstrip()[:1] != b"[":
-            lines.seek(0)
-            yield from ((number, line) for number, line in enumerate(lines, 1) if line.strip())
-            return
+        is_list = lines.read(64).lstrip().startswith(b"[")
         lines.seek(0)
-        text, decode, number = io.TextIOWrapper(lines, "utf-8"), json.JSONDecoder().raw_decode, 0
+        if not is_list:
+            yield from ((file, number, line) for number, line in enumerate(lines, 1) if line.strip())
+            return
+        # bytes that are no UTF-8 become escapes that JSON does not know, so that they are an error of a row
+        text, decode, number = io.TextIOWrapper(lines, "utf-8", "backslashreplace"), json.JSONDecoder().raw_decode, 0
         buffer, at = text.read(1 << 20), 0
         at = buffer.index("[") + 1
         while True:
@@ -828,23 +839,50 @@ def json_rows(file: Path):
                 buffer, at = buffer[at:] + more, 0
                 continue
             number += 1
-            yield number, row
+            yield file, number, row
 
 
-def dataset_rows(source: str, files: list[str], splits: str):
-    """(split and number, row) of local parquet files or of a set on the hub, streamed, images left undecoded."""
+def dataset_rows(source: str, splits: str, streaming: bool):
+    """(file, number, row) of a parquet file, or of a set's splits on the hub, where the file is owner/name/split. Images stay undecoded."""
     try:
         import datasets
     except ImportError:
         raise BadRow(f"{source}: parquet files and hub ids are read with the package `datasets`; pip install datasets") from None
-    for split in ["train"] if files else splits.split():
-        config, _, split = split.rpartition(":")
-        try:
-            stream = (datasets.load_dataset("parquet", data_files=files, split=split, streaming=True) if files else
-                      datasets.load_dataset(source, config or None, split=split, streaming=True))
-            yield from ((f"{split}:{number}", row) for number, row in enumerate(stream.decode(False), 1))
-        except (OSError, ValueError, RuntimeError) as error:  # no such set, no such split, no network, a damaged file
-            raise BadRow(f"{source}: cannot be read: {' '.join(str(error).split())[:300]}") from None
+    datasets.disable_progress_bars()
+    path, files = ("parquet", source) if source.endswith(".parquet") else (source, None)
+    config, _, splits = splits.rpartition(":")
+    try:
+        found = datasets.load_dataset(path, config or None, data_files=files, streaming=streaming)
+        wanted = next((names for names in map(str.split, splits.split("|")) if found.keys() >= set(names)), None)
+        if not wanted:
+            raise ValueError(f"its splits are {', '.join(found)}; want {splits.replace('|', ', or ')}")
+        for split in wanted:
+            file = Path(source) if files else Path(source, split)
+            rows = found[split] if streaming else found[split].to_iterable_dataset()
+            yield from ((file, number, row) for number, row in enumerate(rows.decode(False), 1))
+    except Exception as error:  # no such set, no network, a damaged file: a dozen kinds, and of each the user needs what it says
+        raise BadRow(f"{source} cannot be read: {' '.join(str(error).split())[:300]}") from None
+
+
+def read_rows(source: str, patterns: str, splits: str, streaming: bool = True):
+    """(file, number, row) of a file, of a folder, or of a set on the hub. A row of JSON Lines is bytes still, any other an object.
+
+    patterns: a folder's files are those of the first that finds any. splits, on the hub: of "config:a b", both are read; of "a b|c", the
+    first alternative whose splits are all there. Streaming fetches rows from the hub one by one; without it, the set is downloaded once
+    and kept for later runs.
+    """
+    path = Path(source)
+    if not path.exists() and path.suffix not in SUFFIXES and re.fullmatch(r"\w[\w.-]*/[\w.-]+", source):
+        yield from dataset_rows(source, splits, streaming)
+        return
+    files = [path] if path.is_file() else []
+    for pattern in patterns.split():
+        files = files or sorted(file for file in path.rglob(pattern) if file.suffix in SUFFIXES and file.is_file())
+    if not files:
+        raise BadRow(f"{source} holds no {', '.join(SUFFIXES)} file: looked for {patterns.replace(' ', ', then ')}" if path.is_dir() else
+                     f"{source} does not exist; want a file, a folder, or a hub id like openbmb/RLAIF-V-Dataset")
+    for file in files:
+        yield from dataset_rows(str(file), "train", streaming=True) if file.suffix == ".parquet" else json_rows(file)
 
 
 def mmpr_files(meta: Path) -> list[tuple[Path, Path, float]]:
@@ -865,20 +903,15 @@ def mmpr_files(meta: Path) -> list[tuple[Path, Path, float]]:
 def read_source(name: str, source: str):
     """(place, row or its JSON, folder its images are relative to, copies) of every row of a published set."""
     path, (_, patterns, splits) = Path(source), SETS[name]
-    if not path.exists():
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-            raise BadRow(f"{source} does not exist; --source is a file, a folder, or a hub id like openbmb/RLAIF-V-Dataset")
-        yield from ((place, row, Path("no folder: the set was read from the hub"), 1) for place, row in dataset_rows(source, [], splits))
-        return
-    files = [path] if path.is_file() else next(filter(None, (sorted(filter(Path.is_file, path.rglob(p))) for p in patterns.split())), [])
-    if not files:
-        raise BadRow(f"{source} holds no file of {name}: looked for {patterns.replace(' ', ', then ')}")
-    home = path if path.is_dir() else path.parent
-    for file, folder, repeat in mmpr_files(files[0]) if files[0].name == "meta.json" else [(file, home, 1) for file in files]:
-        label = os.path.relpath(file, home)
-        for number, row in dataset_rows(str(file), [str(file)], splits) if file.suffix == ".parquet" else json_rows(file):
+    home = path.parent if path.is_file() else path
+    label = functools.cache(lambda file: os.path.relpath(file, home))
+    parts = [(source, home, 1)]
+    if name == "mmpr" and (found := [path] if path.name == "meta.json" else sorted(path.rglob("meta.json"))):
+        parts = mmpr_files(found[0])
+    for part, folder, repeat in parts:
+        for file, number, row in read_rows(str(part), patterns, splits):
             if repeat >= 1 or digest(file.name, number) / 2**64 + 0.5 < repeat:  # a random part, the same each time
-                yield f"{label}:{number}", row, folder, max(int(repeat), 1)
+                yield f"{label(file)}:{number}", row, folder, max(int(repeat), 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -1074,12 +1107,10 @@ def convert_rows(items: list) -> list:
     results = []
     for place, row, folder, copies in items:
         try:
-            row = json.loads(row) if isinstance(row, bytes) else row
+            row = from_json(row)
             made = SETS[JOB.name][0](row)
             ids = {"id": str(row["id"])} if row.get("id") not in (None, "") else {}
             results.append((*curate(ids | made, JOB, folder, place), copies))
-        except json.JSONDecodeError as error:
-            results.append((None, "malformed JSON", f"{place}: {error}", copies))
         except (ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
             reason = str(error) if isinstance(error, ValueError) else f"unexpected layout: {type(error).__name__}: {error}"
             results.append((None, re.sub(r"\d+", "N", re.split("[:;]", reason, maxsplit=1)[0]), f"{place}: {reason}"[:300], copies))
@@ -1135,19 +1166,17 @@ def convert(name: str, cfg: "Config") -> dict:
             raise BadRow(f"{cfg.source}: not one of the first {rows_in} rows is a usable row of {name}; {count} times: {examples[reason]}")
         if not rows_in:
             raise BadRow(f"{cfg.source} holds no row")
-        if not cfg.decontaminate:
-            (out / "contaminated.jsonl").unlink()
         table = torch.tensor([]).long() if not numbers else torch.frombuffer(numbers, dtype=torch.int64)  # shares the memory of `numbers`
         table = table.view(-1, len(FIELDS))
         fate = judge(table, cfg.hold_out)
-        names = ("comparisons.jsonl", "held_out.jsonl")
-        with open(out / "draft", "rb") as draft, open(out / names[0], "wb") as kept, open(out / names[1], "wb") as held_out:
+        with (open(out / "draft", "rb") as draft, open(out / "comparisons.jsonl", "wb") as kept,
+              open(out / "held_out.jsonl", "wb") as held_out):
             for line, f in zip(draft, fate.tolist()):
                 if f < 2:
                     (kept, held_out)[f].write(line)
-        os.unlink(out / "draft")
-        if not cfg.hold_out:
-            (out / "held_out.jsonl").unlink()
+        for file, asked in (("draft", False), ("held_out.jsonl", cfg.hold_out), ("contaminated.jsonl", cfg.decontaminate)):
+            if not asked:
+                (out / file).unlink()
         dropped += Counter({"duplicate of an earlier row": int((fate == 2).sum()), "contradicted by another row": int((fate == 3).sum()),
                             "known to a benchmark": contaminated})
         report = {"set": name, "source": cfg.source, "rows_in": rows_in, **summary(table[fate == 0]), "held_out": int((fate == 1).sum()),

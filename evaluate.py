@@ -16,7 +16,7 @@ A run that was stopped goes on where it was when the same command is given again
 
     1  rewards                  comparisons -> rewards, shared out over the ranks
     2  rows                     a published row -> a Comparison with its id and category
-    3  files                    JSON, JSONL, parquet or the hub -> rows, and rows that share a prompt -> one comparison
+    3  benchmarks               files, folders, hub ids -> comparisons, and rows that share a prompt -> one comparison
     4  metrics                  what the official scripts count
     5  published rows           as printed, and what keeps them from being on one footing
     6  intervals · 7  beyond accuracy · 8  ensembles · 9  what it leaves behind · 10  curves
@@ -56,7 +56,7 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
-from data import BadRow, World, inside, read_comparisons, setup, synthetic, text_of
+from data import BadRow, World, from_json, inside, need, read_comparisons, read_rows, setup, synthetic, text_of, write_text
 from model import (MARK, Comparison, RewardModel, encode, ensemble_weights, fill_packs, is_video, open_frames, open_image, pack,
                    to_messages)
 
@@ -159,13 +159,8 @@ def remove_images(comparison: Comparison) -> Comparison:
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 # 2  Rows: a published row -> a Comparison with its id and category. A ValueError says what is wrong with the row.
-
-
-def need(row, *keys) -> list:
-    if not isinstance(row, dict) or any(row.get(key) is None for key in keys):
-        found = ", ".join(sorted(row)[:12]) if isinstance(row, dict) else repr(row)[:80]
-        raise ValueError(f"want the fields {', '.join(keys)}; found {found}. Is this the file of another benchmark?")
-    return [row[key] for key in keys]
+#
+# Each function takes the row, the folder it lies in, and the part of the benchmark: the name of its file or of its split.
 
 
 def row_of(prompt, responses, pairs, id, category, image=None, folder: Path | None = None) -> Comparison:
@@ -193,7 +188,7 @@ def vl_group(id: str, grouping: str) -> str:
 
 
 def vl_row(row, folder, part) -> Comparison:
-    if isinstance(row, dict) and "prompt" in row:  # R1-Reward's flat copy
+    if "prompt" in row:  # R1-Reward's flat copy
         id, query, chosen, rejected, image = need(row, "id", "prompt", "chosen", "rejected", "image")
         if re.match("(mcq|long|short|safety)/", str(image)):
             raise ValueError(f"image {image} belongs to mm-rlhf-rewardbench")
@@ -225,11 +220,10 @@ MM_RLHF_CATEGORIES = ("mcq", "long", "short", "safety", "video")
 
 
 def mm_rlhf_row(row, folder, part) -> Comparison:
-    key = "video" if isinstance(row, dict) and row.get("video") else "image"
-    id, prompt, chosen, rejected, path = need(row, "id", "prompt", "chosen", "rejected", key)
+    id, prompt, chosen, rejected, path = need(row, "id", "prompt", "chosen", "rejected", "video|image")
     found = [c for c in MM_RLHF_CATEGORIES if c in str(path.get("path") if isinstance(path, dict) else path)]  # as the official script
     if not found:
-        raise ValueError(f"{key} {path!r:.60} names none of {', '.join(MM_RLHF_CATEGORIES)}. Is this the file of another benchmark?")
+        raise ValueError(f"{path!r:.60} names none of {', '.join(MM_RLHF_CATEGORIES)}. Is this the file of another benchmark?")
     return row_of(prompt, [chosen, rejected], [(0, 1)], id, found[0], path, folder)
 
 
@@ -264,82 +258,44 @@ def rm_bench_row(row, folder, part) -> Comparison:
     return row_of(prompt, [*chosen, *rejected], [(i, 3 + j) for i in range(3) for j in range(3)], id, domain)
 
 
-# name: (its row, its split on the hub and in names of parquet files, its file in a folder, where to get it)
-BENCHMARKS = {"vl-rewardbench": (vl_row, "test", "data.jsonl", "MMInstruction/VL-RewardBench"),
-              "multimodal-rewardbench": (mmrb_row, "test", "all_data.json", "the data/ folder of facebookresearch/multimodal_rewardbench"),
-              "mm-rlhf-rewardbench": (mm_rlhf_row, "train", "mm_reward_bench.jsonl", "a copy of yifanzhang114/MM-RLHF-RewardBench"),
-              "rewardbench": (rewardbench_row, "filtered", "filtered.json", "allenai/reward-bench"),
-              "rm-bench": (rm_bench_row, "train", "total_dataset.json", "the data/ folder of THU-KEG/RM-Bench")}
+BENCHMARKS = {  # name: (row -> comparison, files of a local folder and splits on the hub: see data.read_rows, where to get it)
+    "vl-rewardbench": (vl_row, "data.jsonl test-*.parquet *", "test|train", "MMInstruction/VL-RewardBench"),
+    "multimodal-rewardbench": (mmrb_row, "all_data.json test-*.parquet *", "test|train",
+                               "the data/ folder of facebookresearch/multimodal_rewardbench"),
+    "mm-rlhf-rewardbench": (mm_rlhf_row, "mm_reward_bench.jsonl train-*.parquet *", "train|test",
+                            "a copy of yifanzhang114/MM-RLHF-RewardBench"),
+    "rewardbench": (rewardbench_row, "filtered.json filtered-*.parquet *",
+                    "filtered|anthropic_helpful anthropic_hhh shp summarize", "allenai/reward-bench"),
+    "rm-bench": (rm_bench_row, "total_dataset.json train-*.parquet *", "train|test", "the data/ folder of THU-KEG/RM-Bench")}
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
-# 3  Files
+# 3  Benchmarks
 
 
-def raw_rows(source: str, split: str, name: str):
-    """(where it stands, its folder, name of the file or split, row) for every row of a file, a folder or a hub id."""
-    path = Path(source)
-    if path.is_dir():
-        files = [f for f in (path / name, path / "data" / name) if f.is_file()] or sorted(path.glob(f"**/{split}-*.parquet"))
-        files = files or sorted(f for f in path.iterdir() if f.suffix in (".json", ".jsonl", ".parquet"))
-        if not files:
-            raise BadRow(f"{path} holds no .json, .jsonl or .parquet file; want {name}")
-    elif not path.exists() and (source.count("/") != 1 or source.startswith((".", "/"))):
-        raise BadRow(f"{source} does not exist; want a file, a folder, or a hub id like owner/name")
-    else:
-        files = [path]
-    for file in files:
-        try:
-            if not path.exists() or file.suffix == ".parquet":
-                parts = from_arrow(str(file), split)
-            elif file.suffix == ".json":
-                parts = {file.stem: json.loads(file.read_text())}
-            else:
-                parts = {file.stem: [json.loads(line) for line in file.read_text().splitlines() if line.strip()]}
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise BadRow(f"{file} is not {file.suffix[1:]}: {error}") from None
-        for part, rows in parts.items():
-            if isinstance(rows, dict) or not len(rows):
-                raise BadRow(f"{file} holds {type(rows).__name__} and no rows; want a list of objects")
-            yield from ((f"{file} row {i}", file.parent, part, row) for i, row in enumerate(rows, start=1))
-
-
-def from_arrow(source: str, split: str) -> dict:
-    """{name: rows} of a parquet file, or of a hub id's split (without such a split: those that RewardBench names). Images stay bytes."""
-    try:
-        import datasets
-    except ImportError:
-        raise BadRow(f"reading {source} needs one more package: pip install datasets") from None
-    datasets.disable_progress_bars()
-    try:
-        parts = datasets.load_dataset("parquet", data_files=source) if source.endswith(".parquet") else datasets.load_dataset(source)
-    except Exception as error:  # the hub's client raises a dozen kinds, and of each the user needs only what it says
-        raise BadRow(f"{source} could not be read: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from None
-    if source.endswith(".parquet"):
-        parts = {Path(source).stem.split("-0")[0]: parts["train"]}
-    wanted = [split] if split in parts else [name for name in parts if len(parts) == 1 or name in SUBSETS]
-    parts = {name: parts[name] for name in wanted}
-    for part, rows in parts.items():
-        for column in [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]:
-            parts[part] = parts[part].cast_column(column, datasets.Image(decode=False))
-    return parts
+def fields(row) -> dict:
+    """The fields of a row, or of its JSON, that are not null: to a benchmark a null is a missing field, and `need` names it."""
+    row = from_json(row)
+    if not isinstance(row, dict):
+        raise ValueError(f"found {type(row).__name__}, want a JSON object")
+    return {name: value for name, value in row.items() if value is not None}
 
 
 def read_benchmark(name: str, sources, on_bad_row: str) -> list:
     """Every row as (where it stands, Comparison); with on_bad_row "skip" a bad one as (where, the ValueError that says what is wrong)."""
-    rows, makers = [], []
     if name == "comparisons" and not sources:
-        makers = [(f"drawn comparison {i + 1}", lambda c=c: c) for i, c in enumerate(synthetic(DRAWN, held_out=True))]
-    elif name == "comparisons":
-        files = [read_comparisons(source) for source in sources]
-        makers = [(f"{file.file} row {i + 1}", lambda file=file, i=i: file[i]) for file in files for i in range(len(file))]
+        return [(f"drawn comparison {i + 1}", c) for i, c in enumerate(synthetic(DRAWN, held_out=True))]
+    if name == "comparisons":
+        makers = ((f"{file.file} row {i + 1}", lambda: file[i]) for file in map(read_comparisons, sources) for i in range(len(file)))
     elif not sources:
         raise BadRow(f"--data is missing: where {name} lies. Take {BENCHMARKS[name][3]}")
     else:
-        row, split, file, _ = BENCHMARKS[name]
-        makers = ((where, lambda: row(raw, folder, part))
-                  for source in sources for where, folder, part, raw in raw_rows(source, split, file))
-    for where, make in makers:
+        to_comparison, patterns, splits, _ = BENCHMARKS[name]
+        # the part that shp-00000-of-00001.parquet holds is shp
+        makers = ((f"{file} row {number}", lambda: to_comparison(fields(row), file.parent, file.stem.split("-0")[0]))
+                  for source in sources for file, number, row in read_rows(source, patterns, splits, streaming=False))
+    rows = []
+    for where, make in makers:  # called at once: a later `make` stands for a later row, and so would this one
         try:
             rows.append((where, make()))
         except (ValueError, TypeError, AttributeError) as error:
@@ -347,6 +303,8 @@ def read_benchmark(name: str, sources, on_bad_row: str) -> list:
             if on_bad_row == "stop":
                 raise error from None
             rows.append((where, error))
+    if not rows:
+        raise BadRow(f"{' '.join(sources)} holds no row")
     if not any(isinstance(comparison, Comparison) for _, comparison in rows):
         raise BadRow(f"not one of {len(rows)} rows can be used; the first: {rows[0][1]}")
     return rows
@@ -856,9 +814,7 @@ def draw_curves(file, title: str, panels: list) -> None:
             colour = colours[c % len(colours)]
             out.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
                        f'<text x="{left + 120 * (c % 3)}" y="{top + height + 32 + 14 * (c // 3)}" fill="{colour}">{name}</text>')
-    partial = Path(f"{file}.partial")
-    partial.write_text("\n".join(out) + "\n</svg>\n")
-    os.replace(partial, file)
+    write_text(Path(file), "\n".join(out) + "\n</svg>\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -923,7 +879,7 @@ def main(cfg: Config) -> None:
     first, main_table, rest = tables(summary, benchmark, name)
     text = "\n\n".join([first, markdown(main_table), *footing(benchmark, cfg.grouping), markdown(rest), receipt_line(facts)])
 
-    # 3  files, each under another name until it is whole
+    # 3  files
     files = {"summary.json": json.dumps(facts | summary, indent=1), "table.md": text}
     if not cfg.rescore:
         files["predictions.jsonl"] = "\n".join(json.dumps(row) for row in [facts, *predictions])
@@ -931,8 +887,7 @@ def main(cfg: Config) -> None:
         files["report.html"] = report(summary, facts, predictions, rows, cfg.worst, name)
     out.mkdir(parents=True, exist_ok=True)
     for file, content in files.items():
-        (out / f"{file}.partial").write_text(content + "\n")
-        os.replace(out / f"{file}.partial", out / file)
+        write_text(out / file, content + "\n")
     shutil.rmtree(out / ".partial", ignore_errors=True)
     print(f"{text}\n\nwrote {', '.join(sorted(files))} into {out}")
 

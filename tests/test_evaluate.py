@@ -468,14 +468,15 @@ columns = getComputedStyle(d.querySelector(".answers")).gridTemplateColumns;
     (dict(model=["EYES"], benchmark="vlrewardbench"), "--benchmark 'vlrewardbench': want one of comparisons, vl-rewardbench"),
     (dict(model=["EYES"], benchmark="rm-bench"), "--data is missing: where rm-bench lies. Take the data/ folder of THU-KEG/RM-Bench"),
     (dict(model=["EYES"], benchmark="rm-bench", data=["./no.json"]), "./no.json does not exist"),
-    (dict(model=["EYES"], benchmark="vl-rewardbench", data=["total_dataset.json"]), "total_dataset.json row 1: want the fields id, prompt"),
+    (dict(model=["EYES"], benchmark="vl-rewardbench", data=["total_dataset.json"]),
+     "total_dataset.json row 1: no field image: found ['chosen', 'domain', 'id', 'prompt', 'rejected']; is this the file of another set?"),
     (dict(model=["EYES"], benchmark="vl-rewardbench", data=["mm_reward_bench.jsonl"]),
      "row 1: image mcq/1.png belongs to mm-rlhf-rewardbench"),
     (dict(model=["EYES"], benchmark="mm-rlhf-rewardbench", data=["vl_rewardbench_flat.jsonl"]),
-     "row 1: image 'images/cup.png' names none of mcq"),
+     "row 1: 'images/cup.png' names none of mcq"),
     (dict(model=["EYES"], benchmark="rewardbench", data=["total_dataset.json"]), "row 1: subset 'total_dataset' is none of RewardBench's"),
     (dict(model=["EYES"], benchmark="rm-bench", data=["filtered.json"]), "row 1: domain 'filtered'; want one of chat, math, code, safety"),
-    (dict(model=["EYES"], benchmark="multimodal-rewardbench", data=["images/bus.png"]), "bus.png is not png"),
+    (dict(model=["EYES"], benchmark="multimodal-rewardbench", data=["images/bus.png"]), "bus.png row 1: malformed JSON: "),
     (dict(model=["TEXT"], benchmark="vl-rewardbench", data=["vl_rewardbench.json"]),
      "row 1: the prompt has an image and every --model is text-only"),
     (dict(model=["EYES"], route=True), "--route sends prompts without images to a text-only model"),
@@ -511,8 +512,35 @@ def test_a_parquet_file_is_read_with_its_images_or_says_what_to_install(tmp_path
     ((where, c),) = read_benchmark("vl-rewardbench", [str(tmp_path)], "stop")
     assert c.pairs == [(1, 0)] and evaluate.open_image(c.images[0]).size == (56, 56) and where.endswith(".parquet row 1")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(BadRow, match="needs one more package: pip install datasets"):
+    with pytest.raises(BadRow, match="test-00000-of-00001.parquet: .*; pip install datasets"):
         read_benchmark("vl-rewardbench", [str(tmp_path)], "stop")
+
+
+def test_on_the_hub_those_splits_are_read_that_the_benchmark_names(monkeypatch):
+    """RewardBench is one split of one set and four of another, whose rows say no subset; a set with neither is another set."""
+    datasets = pytest.importorskip("datasets")
+    prior, row = ["anthropic_helpful", "anthropic_hhh", "shp", "summarize"], {"prompt": "?", "chosen": "a", "rejected": "b"}
+    hub = {"allenai/bench": {"raw": {}, "filtered": row | {"subset": "hep-go"}}, "allenai/prior": dict.fromkeys([*prior, "other"], row),
+           "allenai/else": {"validation": row}}
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config, data_files, streaming: datasets.DatasetDict(
+        {split: datasets.Dataset.from_list([only]) for split, only in hub[name].items()}))
+    found = read_benchmark("rewardbench", ["allenai/bench", "allenai/prior"], "stop")
+    assert [c.category for _, c in found] == ["hep-go", *prior] and found[3][0] == "allenai/prior/shp row 1"
+    with pytest.raises(BadRow, match="allenai/else cannot be read: its splits are validation; want filtered, or anthropic_helpful"):
+        read_benchmark("rewardbench", ["allenai/else"], "stop")
+
+
+def test_a_broken_line_and_a_field_that_is_null_are_named_by_file_and_line(tmp_path):
+    good = {"id": 1, "prompt": "?", "chosen": "a", "rejected": "b", "subset": "shp"}
+    lines = [json.dumps(good), "", '{"id": 2', json.dumps(good | {"chosen": None}), "[3]"]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    (_, c), *bad = read_benchmark("rewardbench", [str(tmp_path)], "skip")
+    assert c.responses == ["a", "b"] and all(isinstance(error, BadRow) and str(error).startswith(where) for where, error in bad)
+    assert [re.sub(".*rows.jsonl row ", "", str(error))[:21] for _, error in bad] == [
+        "3: malformed JSON: Ex", "4: no field chosen: f", "5: found list, want a"]
+    (tmp_path / "rows.jsonl").write_text("")
+    with pytest.raises(BadRow, match="holds no row"):
+        read_benchmark("rewardbench", [str(tmp_path)], "stop")
 
 
 def test_the_command_ends_with_one_line_and_a_code(tmp_path):

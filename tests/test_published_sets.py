@@ -157,8 +157,8 @@ def test_a_missing_field_is_named_beside_the_fields_that_are_there(name):
     """Where a card is wrong or a release has changed, the message must be enough to mend the function."""
     file = next(p for p in sorted((FIXTURES / name).rglob("*.json*"))
                 if p.name not in ("meta.json", "dpo_pairs.jsonl") and "sft" not in p.parts)
-    row = (json.loads(next(row for _, row in data.json_rows(file))) if file.suffix == ".jsonl" or name == "shp"
-           else next(data.json_rows(file))[1])
+    _, _, row = next(data.json_rows(file))
+    row = data.from_json(row)
     data.parse_row(data.SETS[name][0](row) | {"images": []}, Path("."), False) if "image" not in str(row) else data.SETS[name][0](row)
     for fields in REQUIRED[name].split():
         broken = copy.deepcopy(row)
@@ -234,7 +234,7 @@ def test_a_json_list_is_read_in_pieces_wherever_they_part(tmp_path):
     """More than one piece of 1 MB, with texts that hold brackets and quotes; and a download that broke off is not taken for the end."""
     rows = [{"prompt": f'[{i}] "]}}, {{' + "é" * 700} for i in range(2000)]
     (tmp_path / "a.json").write_text("\n [ " + " ,\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + " ]\n", encoding="utf-8")
-    assert [row for _, row in data.json_rows(tmp_path / "a.json")] == rows
+    assert [row for _, _, row in data.json_rows(tmp_path / "a.json")] == rows
     (tmp_path / "b.json").write_text((tmp_path / "a.json").read_text()[:-1000])
     with pytest.raises(data.BadRow, match="after row 1998.*download complete"):
         list(data.json_rows(tmp_path / "b.json"))
@@ -392,7 +392,7 @@ def test_a_killed_conversion_leaves_nothing_that_looks_finished_and_the_next_one
 @pytest.mark.parametrize("name, content, message", [
     ("rlaif-v", '{"q": 1, "image": "x"}\n', "not one of the first 1 rows is a usable row of rlaif-v; 1 times: a.jsonl:1: "
                                             "no field question: found ['image', 'q']"),
-    ("shp", "[]", "holds no row"), ("shp", "no json\n", "a.jsonl:1: Expecting value"),
+    ("shp", "[]", "holds no row"), ("shp", "no json\n", "a.jsonl:1: malformed JSON: Expecting value"),
     ("mmif", '[{"conversations": 1', "download complete"),
     ("r1-reward", '{"message": "[]", "answer": ["1"], "image": "x"}\n', "unexpected layout: IndexError")])
 def test_an_unexpected_layout_is_one_line(tmp_path, name, content, message):

@@ -517,7 +517,7 @@ def write_comparisons(folder, comparisons, bar: bool = True) -> Path:
                     (partial / place).parent.mkdir(exist_ok=True)
                     open_image(frame).save(partial / place)
             row = {"prompt": c.prompt, "images": paths, "responses": c.responses, "pairs": c.pairs, "id": c.id, "source": c.source,
-                   "category": c.category, "answer": c.answer}
+                   "category": c.category, "answer": c.answer, "critiques": c.critiques}
             file.write(json.dumps({key: value for key, value in row.items() if value}) + "\n")
     return Path(folder)
 
@@ -748,11 +748,11 @@ def llava_critic(row: dict) -> dict:
 
 def own_pairs(row: dict) -> dict:
     """Rows of your own, native or TRL's (the three layouts at the top of data.py), to be curated like a published set."""
-    made = pair(*[""] * 3, row.get("images", row.get("image")) or [])
+    images = row.get("images", row.get("image")) or []
     if "chosen" not in row and "rejected" not in row:
-        return row | {"images": made["images"]}
-    prompt, responses = from_trl(row)
-    return made | {"prompt": prompt, "responses": responses} | {key: row[key] for key in ("category", "answer", "critiques") if key in row}
+        return row | {"images": images if isinstance(images, (list, tuple)) else [images]}
+    prompt, (chosen, rejected) = from_trl(row)
+    return pair(prompt, chosen, rejected, images) | {key: row[key] for key in ("category", "answer", "critiques") if key in row}
 
 
 def vstar(row: dict) -> dict:

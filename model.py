@@ -389,6 +389,8 @@ def hidden_states(backbone, pack: Pack) -> torch.Tensor:
     """
     decoder = getattr(backbone, "language_model", backbone)
     embeds = decoder.get_input_embeddings()(pack.input_ids)  # (T, D)
+    if torch.is_autocast_enabled(embeds.device.type):
+        embeds = embeds.float()  # what flows between the layers is fp32 then, also where the weights are bf16: all models compute alike
     mask = {"full_attention": branch_blocks(pack)}
     if not hasattr(backbone, "visual"):  # a text decoder knows one kind of position
         positions = mrope_positions(pack, -1, -1)[:1]  # (1, T)

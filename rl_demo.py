@@ -21,11 +21,12 @@ A policy writes answers (rollouts), the reward model pays for them, and the poli
     4  advantages   A_i = (R_i - mean(R)) / (std(R) + 1e-6); all zero where the rewards of a group agree
     5  logprobs     l_t = log pi(y_t | x, y_<t) for every token of every rollout; l_old at the first pass, l_ref under ref
     6  loss         rho_t = exp(l_t - l_old_t)       k3_t = exp(l_ref_t - l_t) - (l_ref_t - l_t) - 1, an estimate of KL(pi | ref), never < 0
-                    loss = -1/N sum_t [ min(rho_t A, clip(rho_t, 1 - eps, 1 + eps_high) A) - beta k3_t ],  N: rollout tokens of all ranks
+                    loss = -1/N sum_t [ min(rho_t A, clip(rho_t, 1 - eps, 1 + eps_high) A) - beta k3_t ],  N: tokens in the loss, all ranks
     7  update       clip the gradient, AdamW; then 5 to 7 again if passes > 1, with l_old as it was
 
-At the first pass rho = 1, and the gradient is that of REINFORCE, A times the gradient of l. A group is one pack (model.py): the prompt and
-its images go once through the policy, once through the reference and once through each reward model, for all G rollouts.
+At the first pass rho = 1, and the first term's gradient is that of REINFORCE, A times the gradient of l; the second pulls back to ref. A
+group is one pack (model.py): in each of the passes through policy, reference and reward models its prompt with the images is encoded once
+for all G rollouts. A rank lays its groups into packs, one micro-step each, whose gradients add up.
 
 What it writes: OUT/policy (the tiny start, made here), OUT/start.json; for each reward OUT/REWARD/metrics.jsonl (a line a step),
 result.json, policy/ (the trained one, as transformers saves it) and checkpoint.pt while unfinished; then table.md, summary.json,
@@ -36,10 +37,9 @@ Read the curves side by side: a reward that rises while the true accuracy does n
 Where this differs from the paper, or where the paper is silent. It does not give the learning rate, clipping, KL weight or length: we take
 1e-6, 0.2, 0.04 and 512 for a real policy. Its pairwise baseline asks a generative judge; here the scalar model gives the verdicts. From
 Dr. GRPO (2503.20783) comes --no_std; from DAPO (2503.14476) the loss per token, --clip_eps_high, --drop_equal (dropped groups are not
-replaced by fresh ones) and --mask_truncated. Left out: LoRA, sharding of the policy's weights (of the optimiser's only), several
-mini-batches a pass, temperatures other than 1, tools and turns.
+replaced by fresh ones) and --mask_truncated. Left out: LoRA, sharding of the policy's weights (only AdamW's moments are shared out over
+the ranks), several mini-batches a pass, temperatures other than 1, tools and turns.
 """
-import contextlib
 import copy
 import html
 import json
@@ -74,6 +74,7 @@ from model import (END, IMAGE_PAD, VIDEO_PAD, Comparison, Encoded, Pack, RewardM
 
 REWARDS = ("rule", "model", "hybrid", "pairwise")
 DEFAULT_REWARD_MODEL = "runs/default"  # where train.py leaves it
+LEFTOVER = ("policy", ".policy.partial", "start.json.partial")  # of a run that ended before its first examination
 
 
 @dataclass(frozen=True)
@@ -102,19 +103,20 @@ class Config:
     drop_equal: bool = HfArg(default=False, help="leave out groups whose rewards all agree, KL term included (DAPO)")
     mask_truncated: bool = HfArg(default=False, help="keep cut-off rollouts out of the loss, though not out of the group's mean (DAPO)")
     max_new_tokens: int | None = HfArg(default=None, help="longest rollout; 512 (paper: not given), 10 for tiny")
-    max_pixels: int | None = HfArg(default=None, help="most pixels of an image, 28 x 28 for a token; none: the policy's own, e.g. 1003520")
+    max_pixels: int | None = HfArg(default=None, help="most pixels of an image, 28 x 28 for a token; 1003520, for tiny the policy's own")
     pack_tokens: int | None = HfArg(default=None, help="tokens in a pack; a longer group is a pack of its own; 8192, 1024 for tiny")
     rollout_rows: int = HfArg(default=128, help="rollouts that are written at a time; more need more memory for keys and values")
     gradient_checkpointing: bool = HfArg(default=False, help="recompute activations in the backward pass: less memory, a third more time")
     eval_size: int = HfArg(default=240, help="prompts kept for evaluation, at most a tenth of --data; each gets G rollouts")
-    save_every: int = HfArg(default=100, help="steps between checkpoints; 0: only when stopped")
+    save_every: int | None = HfArg(default=None, help="steps between checkpoints; 5, for tiny 100; 0: only when stopped")
     sft_steps: int = HfArg(default=400, help="fine-tuning steps of the tiny policy before RL, 16 prompts each")
 
     def resolved(self) -> "Config":
         """With the defaults that depend on the policy filled in, and nonsense refused."""
-        own = (dict(batch_size=16, lr=3e-4, max_new_tokens=10, pack_tokens=1024, max_steps=100 if not self.data else None)
-               if self.policy == "tiny"
-               else dict(batch_size=256, lr=1e-6, max_new_tokens=512, pack_tokens=8192)) | {"clip_eps_high": self.clip_eps}
+        own = (dict(batch_size=16, lr=3e-4, max_new_tokens=10, pack_tokens=1024, save_every=100, max_steps=100 if not self.data else None)
+               if self.policy == "tiny" else
+               dict(batch_size=256, lr=1e-6, max_new_tokens=512, pack_tokens=8192, save_every=5, max_pixels=1280 * 28 * 28))
+        own["clip_eps_high"] = self.clip_eps
         cfg = replace(self, **{key: value for key, value in own.items() if getattr(self, key) is None})
         if wrong := [name for name in cfg.reward if name not in REWARDS]:
             raise ValueError(f"--reward {wrong[0]!r}: want one or several of {', '.join(REWARDS)}")
@@ -266,7 +268,8 @@ class Group:
 class Dice(LogitsProcessor):
     """Turns the choice of the largest logit into a draw from the softmax: argmax(logits + Gumbel noise) has exactly its probabilities.
 
-    Each prompt has a generator of its own, so its rollouts depend on its seed and not on the rank, the batch or the other prompts.
+    Each prompt has a generator of its own, so its rollouts depend on its seed and not on the rank, the batch or the other prompts (but for
+    rounding, which in bf16 can tip a draw now and then).
     """
 
     def __init__(self, seeds: list[int], group_size: int, never: list[int], device):
@@ -289,13 +292,16 @@ def generate(policy: Policy, prompts: list[Encoded], seeds: list[int], group_siz
     top-p or penalties, and has the weights of this step. The loss never takes an engine's log-probabilities, always `Policy.forward`'s.
 
     Prompts are padded on the left and read once, all but their last token; the keys and values are then repeated G times, and
-    transformers goes on from that token.
+    transformers goes on from that token. Trap: under autocast the stream between the layers is fp32 and so are the keys and values that
+    are kept, twice the memory; embeddings in bf16 make all of it bf16.
     """
     lm, inputs = policy.lm, padded_rows(prompts, policy.lm.model, on_the_left=True)
     ids, mask, positions = (inputs.pop(name) for name in ("input_ids", "attention_mask", "position_ids"))
     if hasattr(lm.model, "visual"):  # by how much the next position is not the count of tokens
         lm.model.rope_deltas = (positions.amax(dim=(0, 2)) + 1 - mask.sum(dim=1))[:, None].repeat_interleave(group_size, dim=0)
-    with stock_attention(lm.model), torch.autocast(policy.device.type, torch.bfloat16, enabled=policy.device.type == "cuda"):
+    on_gpu = policy.device.type == "cuda"
+    half = lm.get_input_embeddings().register_forward_hook(lambda module, inputs, out: out.to(torch.bfloat16) if on_gpu else out)
+    with stock_attention(lm.model), torch.autocast(policy.device.type, torch.bfloat16, enabled=on_gpu):
         cache = lm.model(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[..., :-1], use_cache=True,
                          **inputs).past_key_values
         cache.batch_repeat_interleave(group_size)
@@ -307,6 +313,7 @@ def generate(policy: Policy, prompts: list[Encoded], seeds: list[int], group_siz
             generation_config=GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, repetition_penalty=1.0,
                                                eos_token_id=policy.end,
                                                pad_token_id=policy.tokenizer.pad_token_id))[:, ids.shape[1]:].tolist()
+    half.remove()
     rollouts = [row[:row.index(policy.end) + 1] if policy.end in row else row for row in written]
     return [rollouts[i:i + group_size] for i in range(0, len(rollouts), group_size)]
 
@@ -347,17 +354,20 @@ UNITS = {word: words.split()[0] for words in (  # every spelling -> the first
     "cm centimeter centimeters centimetre centimetres", "mm", "m meter meters metre metres", "km kilometers kilometres", "g grams",
     "kg kilograms", "s seconds", "min minutes", "h hours", "% percent", "° degree degrees", "$ dollars", "€ euros")
     for word in words.split()}
-BOXED = re.compile(r"<answer>(.*?)</answer>|\\boxed\{([^{}]*)\}", re.DOTALL)
+BOXED = re.compile(r"<answer>(.*?)</answer>|\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}", re.DOTALL)
 PREAMBLE = re.compile(r"^\W*(?:the )?(?:(?:final|correct|right) )?(?:answer|option|choice)(?: is)?\b[\s:]*", re.IGNORECASE)
-LETTER = re.compile(r"^\W*([A-Za-z])(?:\W*$|[).:](?:\s|$))")  # "A", "(a)", "B.", "C) red"; not "a red circle"
-WORD = re.compile(r"-?(?:\d+(?:\.\d+)?|\.\d+)(?:[/:]\d+)*|[^\W\d_]+(?:'[^\W\d_]+)?|[%°$€]")
+LETTER = re.compile(r"^[^\w-]*([A-Za-z])(?:\W*$|[).:](?:\s|$))")  # "A", "(a)", "B.", "C) red"; not "a red circle"
+WORD = re.compile(r"-?(?:\d+(?:\.\d+)?|\.\d+)(?:[/:]\d+)*|(?:(?<!\w)-)?[^\W\d_]+(?:'[^\W\d_]+)?|"  # numbers; words, a variable's minus
+                  r"[%°$€<>≤≥≠=^√±×÷]|(?<=\w)[+*/](?=\w)|(?<=\w )\+(?= \w)")  # signs; a * elsewhere is emphasis
+SPELT = {"\u2212": "-",  # the typographic minus
+         "<=": "≤", ">=": "≥", "\\leq": "≤", "\\geq": "≥", "\\sqrt": "√", "^\\circ": "°", "\\%": "%"}
 
 
 def normalise(text: str) -> tuple[list[str], set[str], str]:
-    """3  What counts in an answer: (words and numbers, the unit of a lone number, the letter of an option).
+    """3  What counts in an answer: (words, numbers and signs, the unit of a lone number, the letter of an option).
 
     Only what stands in <answer> tags or \\boxed{} is read, if they are there. Case, spaces, emphasis and punctuation do not count, 1,000
-    is 1000 and 2.50 is 2.5; the sign, the decimal point and the colon of a number do.
+    is 1000, 2.50 is 2.5 and \\frac{1}{2} is 1/2; a number's sign, point and colon do, and so do the signs of mathematics.
 
     >>> normalise("The answer is: **Red**,  circle!")
     (['red', 'circle'], set(), '')
@@ -366,7 +376,11 @@ def normalise(text: str) -> tuple[list[str], set[str], str]:
     """
     if found := BOXED.findall(text):
         text = found[-1][0] or found[-1][1]
-    text = PREAMBLE.sub("", unicodedata.normalize("NFKC", text).replace("\u2212", "-").strip())  # U+2212: the typographic minus
+    text = re.sub("[⁰¹²³⁴-⁹⁻]+", r"^\g<0>", text)  # NFKC would make 102 of ten to the second
+    text = unicodedata.normalize("NFKC", text)
+    for spelling, sign in SPELT.items():
+        text = text.replace(spelling, sign)
+    text = PREAMBLE.sub("", re.sub(r"\\d?frac\{([^{}]*)\}\{([^{}]*)\}", r"\1/\2", text).strip())
     letter = LETTER.match(text)
     if letter and (rest := text[letter.end():].strip(" \n.*")):
         text = rest  # what follows the letter is the option's text
@@ -466,11 +480,13 @@ def make_batches(groups: list[Group], cfg: Config) -> list[Batch]:
 
 def take_step(model, reference: Policy, optimizer, batches: list[Batch], filler: Batch, cfg: Config, world: World, micro_steps: int,
               tokens: int):
-    """5 to 7  `passes` updates from one set of rollouts. Returns this rank's sums of [loss, k3, clipped tokens], and gradient norms.
+    """5 to 7  `passes` updates from one set of rollouts. Returns this rank's sums of [loss, k3, clipped tokens] in the last pass, and the
+    gradient norm of each.
 
-    As in train.py all ranks make the same number of micro-steps, on `filler` at weight 0 where one has fewer, and the loss of each is
-    divided by the tokens of all ranks, hence the factor world_size against the averaging of DDP. A gradient that is not finite skips its
-    update, on all ranks alike since it has been exchanged.
+    All ranks make the same number of micro-steps, one pack each; a rank that has fewer packs runs `filler` at weight 0, since the ranks
+    exchange gradients together. DDP averages over the ranks while every loss is already divided by the tokens of all: hence the factor
+    world_size. Gradients are exchanged at every micro-step, where they add up in DDP's own buffers: to wait for the last one, as train.py
+    does, would need a second copy of them, 15 GB for the 3B. One that is not finite skips its update, on all ranks alike.
     """
     old, ref, norms, trained = {}, {}, [], [p for p in model.parameters() if p.requires_grad]
     for _ in range(cfg.passes):
@@ -478,15 +494,13 @@ def take_step(model, reference: Policy, optimizer, batches: list[Batch], filler:
         for micro in range(micro_steps):
             batch, weight = (batches[micro], 1.0) if micro < len(batches) else (filler, 0.0)
             packed, advantage, keep = batch.pack.to(world.device), batch.advantage.to(world.device), batch.keep.to(world.device)
-            wait = model.no_sync() if isinstance(model, DistributedDataParallel) and micro < micro_steps - 1 else contextlib.nullcontext()
-            with wait:  # the forward goes through the wrapper, inside the same context as its backward
-                logprobs = model(packed)
-                if micro not in old:
-                    with torch.no_grad():
-                        old[micro], ref[micro] = logprobs.detach(), reference(packed)
-                loss = grpo_loss(logprobs[keep], old[micro][keep], ref[micro][keep], advantage[keep], tokens, cfg.clip_eps,
-                                 cfg.clip_eps_high, cfg.kl_coef)
-                (loss * (weight * world.world_size)).backward()
+            logprobs = model(packed)  # through the wrapper
+            if micro not in old:
+                with torch.no_grad():
+                    old[micro], ref[micro] = logprobs.detach(), reference(packed)
+            loss = grpo_loss(logprobs[keep], old[micro][keep], ref[micro][keep], advantage[keep], tokens, cfg.clip_eps,
+                             cfg.clip_eps_high, cfg.kl_coef)
+            (loss * (weight * world.world_size)).backward()
             if weight:
                 ratio = torch.exp(logprobs.detach() - old[micro])
                 far = ((ratio > 1 + cfg.clip_eps_high) & (advantage > 0)) | ((ratio < 1 - cfg.clip_eps) & (advantage < 0))
@@ -510,7 +524,7 @@ def open_prompts(cfg: Config) -> tuple[list, list[int], list[int]]:
         n = len(rows) - cfg.eval_size
         return rows, list(range(n)), list(range(n, len(rows)))
     rows = read_comparisons(cfg.data, needs_responses=False)
-    if cfg.reward == ["rule"] or "rule" in cfg.reward:
+    if "rule" in cfg.reward:
         without = [i for i in range(len(rows)) if not rows[i].answer]
         if without:
             raise rows.bad_row(without[0], f"no `answer`, as in {len(without)} of the {len(rows)} rows; --reward rule needs one in each "
@@ -520,27 +534,29 @@ def open_prompts(cfg: Config) -> tuple[list, list[int], list[int]]:
     return rows, [i for i in range(len(rows)) if i not in held] or [0], sorted(held)
 
 
-def encode_prompts(named: list[tuple], policy: Policy, rows, world: World, threads) -> list[Encoded]:
-    """Prompts as tokens and patches. A prompt that cannot be used is a BadRow on all ranks, whichever of them met it."""
+def read_prompts(indices: list[int], rows, policy: Policy, world: World, threads) -> tuple[list[tuple], list[Encoded]]:
+    """This rank's prompts as [(row, comparison), ...], and as tokens and patches. A row that cannot be used is a BadRow on all ranks,
+    whichever of them met it."""
 
-    def one(item):
+    def read(i):
         try:
-            return encode(replace(item[1], responses=[], pairs=[]), policy.tokenizer, policy.image_processor)
+            comparison = rows[i]
+            return comparison, encode(replace(comparison, responses=[], pairs=[]), policy.tokenizer, policy.image_processor)
         except ValueError as error:
-            return str(rows.bad_row(item[0], error) if hasattr(rows, "bad_row") else error)
+            return str(rows.bad_row(i, error) if hasattr(rows, "bad_row") and not isinstance(error, BadRow) else error)
 
-    encoded = list(threads.map(one, named))
-    if problems := [p for p in world.gather_objects(next((e for e in encoded if isinstance(e, str)), "")) if p]:
+    found = list(threads.map(read, indices))
+    if problems := [p for p in world.gather_objects(next((f for f in found if isinstance(f, str)), "")) if p]:
         raise BadRow(problems[0])
-    return encoded
+    return [(i, comparison) for i, (comparison, _) in zip(indices, found)], [encoded for _, encoded in found]
 
 
 def load_reward_models(cfg: Config, world: World, say) -> list[RewardModel]:
     """The members of the ensemble, frozen, in bf16 on a GPU. The default one is made by train.py if the tiny policy needs it."""
-    absent = cfg.reward_model == [DEFAULT_REWARD_MODEL] and not (Path(DEFAULT_REWARD_MODEL) / "reward_config.json").exists()
-    if absent and cfg.policy != "tiny" and cfg.reward == ["rule"]:
+    by_default = cfg.reward_model == [DEFAULT_REWARD_MODEL]
+    if by_default and cfg.policy != "tiny" and cfg.reward == ["rule"]:
         return []  # r(x, y) is then reported as 0
-    if absent and cfg.policy == "tiny":
+    if by_default and cfg.policy == "tiny" and not (Path(DEFAULT_REWARD_MODEL) / "reward_config.json").exists():
         command, code = [sys.executable, str(Path(__file__).with_name("train.py")), "--out", DEFAULT_REWARD_MODEL], 0
         say(f"there is no reward model in {DEFAULT_REWARD_MODEL} yet: making one first, with {' '.join(command[1:])}")
         if world.rank == 0:  # a world of its own, whatever torchrun told this process
@@ -558,15 +574,17 @@ def check_families(policy: Policy, cfg: Config, reward_models: list[RewardModel]
         if not policy.tokenizer.get_vocab().items() <= model.tokenizer.get_vocab().items():
             raise ValueError(f"the reward model {path} has another tokenizer family than the policy {cfg.policy}: the same token "
                              f"has another number; take a policy and a reward model that come from the same backbone family")
+        if policy.image_processor is not None and model.image_processor is None:
+            raise ValueError(f"the reward model {path} is text-only and the policy {cfg.policy} sees: it would read image tokens as words")
 
 
 def make_optimizer(parameters: list, cfg: Config, world: World):
     """AdamW; with several ranks each keeps the moments of its share only (ZeRO-1): for the 3B that is 4 GB a GPU in place of 30."""
-    options = dict(lr=cfg.lr, weight_decay=0.0, fused=world.device.type == "cuda")
     if world.world_size == 1:
-        return torch.optim.AdamW(parameters, **options)
+        return torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=0.0, fused=world.device.type == "cuda")
     from torch.distributed.optim import ZeroRedundancyOptimizer
-    return ZeroRedundancyOptimizer(parameters, optimizer_class=torch.optim.AdamW, **options)
+    # Not fused: ZeRO loads AdamW's step counts onto the CPU, which the fused kernel then refuses (pytorch issue 124133)
+    return ZeroRedundancyOptimizer(parameters, optimizer_class=torch.optim.AdamW, lr=cfg.lr, weight_decay=0.0)
 
 
 def save_checkpoint(file: Path, policy: Policy, optimizer, world: World, state: dict) -> None:
@@ -577,16 +595,21 @@ def save_checkpoint(file: Path, policy: Policy, optimizer, world: World, state: 
         raise OSError(failure)
 
 
-def load_checkpoint(file: Path, policy: Policy, optimizer, cfg: Config) -> dict:
+def load_checkpoint(file: Path, policy: Policy, optimizer, cfg: Config, world: World) -> dict:
     """Puts weights and optimiser back and returns the rest. ValueError if it was made under settings that shape the training otherwise."""
     state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    free, now = {"out", "overwrite", "resume", "combine", "reward", "rollout_rows", "gradient_checkpointing", "save_every"}, asdict(cfg)
-    if changed := [f"{key} was {old!r}, is {now.get(key)!r}" for key, old in state["config"].items() if key not in free
-                   and now.get(key) != old]:
-        raise ValueError(f"{file} belongs to another run: {'; '.join(changed)}. Use the same flags, or another --out")
+    check_settings(file, state["config"], cfg)
     policy.load_state_dict(state["policy"])
     optimizer.load_state_dict(state["optimizer"])
+    if world.world_size > 1:
+        optimizer.state.clear()  # ZeRO's wrapper keeps a copy of the moments that nobody reads: 4 GB for the 3B
     return {key: value for key, value in state.items() if key not in ("policy", "optimizer")}
+
+
+def check_settings(file: Path, old: dict, cfg: Config) -> None:
+    free, now = {"out", "overwrite", "resume", "combine", "reward", "rollout_rows", "gradient_checkpointing", "save_every"}, asdict(cfg)
+    if changed := [f"{key} was {value!r}, is {now.get(key)!r}" for key, value in old.items() if key not in free and now.get(key) != value]:
+        raise ValueError(f"{file} belongs to another run: {'; '.join(changed)}. Use the same flags, or another --out")
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -620,12 +643,15 @@ def rewards_of(record: dict, kind: str) -> torch.Tensor:
 
 
 def figures(records: list[dict], kind: str | None = None) -> dict:
-    """The table's numbers: accuracy by category and in all with its standard error over prompts, reward, r(x, y), KL and length
-    per rollout."""
-    share, by_category, rollouts = [statistics.fmean(r["matches"]) for r in records], {}, sum(len(r["texts"]) for r in records)
-    for r, value in zip(records, share):
-        by_category.setdefault(r["category"], []).append(value)
-    return {"accuracy": statistics.fmean(share), "standard_error": statistics.pstdev(share) / math.sqrt(len(share)),
+    """The table's numbers: accuracy by category and in all, with its standard error over prompts (None if no prompt has an answer to be
+    right about); reward, r(x, y), length and share cut off per rollout; KL per token."""
+    by_category, rollouts = {}, sum(len(r["texts"]) for r in records)
+    for r in records:
+        if r["answer"]:
+            by_category.setdefault(r["category"], []).append(statistics.fmean(r["matches"]))
+    share = [value for values in by_category.values() for value in values]
+    return {"accuracy": statistics.fmean(share) if share else None,
+            "standard_error": statistics.pstdev(share) / math.sqrt(len(share)) if share else None,
             "accuracy_by_category": {name: statistics.fmean(values) for name, values in sorted(by_category.items())},
             "reward": statistics.fmean(rewards_of(r, kind).mean().item() for r in records) if kind else None,
             "model_reward": statistics.fmean(x for r in records for x in r["model_rewards"]),
@@ -634,14 +660,20 @@ def figures(records: list[dict], kind: str | None = None) -> dict:
             "truncated": sum(map(sum, (r["truncated"] for r in records))) / rollouts}
 
 
+def accuracy_of(records: list[dict]) -> str:
+    f = figures(records)
+    known = "no answers to check" if f["accuracy"] is None else f"true accuracy {f['accuracy']:.3f} +- {f['standard_error']:.3f}"
+    return f"{known} on {len(records)} held-out prompts"
+
+
 def table(rows: dict[str, dict], spread: dict[str, float]) -> list[list[str]]:
     """In the manner of Table 11: the start and each reward in a line, true accuracy in percent."""
     categories = list(rows["start"]["accuracy_by_category"])
     lines = [["policy", "accuracy", *categories, "reward", "r(x, y)", "KL", "length", "cut off"]]
     for name, f in rows.items():
         paid = "" if f["reward"] is None else f"{f['reward_at_start']:.2f} -> {f['reward']:.2f}"
-        lines.append([name, f"{100 * f['accuracy']:.1f} +- {100 * spread[name]:.1f}",
-                      *(f"{100 * f['accuracy_by_category'][c]:.1f}" for c in categories),
+        accuracy = "" if f["accuracy"] is None else f"{100 * f['accuracy']:.1f} +- {100 * spread[name]:.1f}"
+        lines.append([name, accuracy, *(f"{100 * f['accuracy_by_category'][c]:.1f}" for c in categories),
                       paid, f"{f['model_reward']:.2f}", f"{f['kl']:.3f}", f"{f['length']:.1f}", f"{100 * f['truncated']:.1f}%"])
     return lines
 
@@ -659,6 +691,8 @@ def combine(folders: list[str]) -> str:
         return None if values[0] is None else statistics.fmean(values)
 
     names = [name for name in runs[0] if all(name in run for run in runs)]
+    if any(run["start"]["accuracy"] is None for run in runs):
+        raise ValueError("runs without answers have no accuracy to compare")
     spread = {name: statistics.stdev([run[name]["accuracy"] for run in runs]) if len(runs) > 1 else 0.0 for name in names}
     lines = [markdown(table({name: mean([run[name] for run in runs]) for name in names}, spread)), ""]
     for name in names[1:]:
@@ -717,9 +751,9 @@ def write_report(out: Path, cfg: Config) -> str:
 
     panels = {"reward": "reward that is paid", "model_reward": "r(x, y), the reward model's", "accuracy": "true accuracy of the rollouts",
               "kl": "KL to the start, per token"}
+    dashed = {"accuracy": {"start": rows["start"]["accuracy"]}} if rows["start"]["accuracy"] is not None else {}
     draw_curves(out / "curves.svg", f"GRPO, seed {cfg.seed}", [
-        (heading, {kind: smooth(log, key) for kind, log in logs.items()}, {"start": rows["start"]["accuracy"]} if key == "accuracy" else {})
-        for key, heading in panels.items()])
+        (heading, {kind: smooth(log, key) for kind, log in logs.items()}, dashed.get(key, {})) for key, heading in panels.items()])
 
     before = {r["row"]: r for r in start["records"]}
     after = {row: {kind: next(r for r in result["records"] if r["row"] == row) for kind, result in results.items()}
@@ -754,7 +788,7 @@ def grpo(kind: str, start, reference: Policy, reward_models, rows, train: list[i
     optimizer = make_optimizer(list(policy.parameters()), cfg, world)
     state = {"step": 0, "seconds": 0.0, "bad_gradients": 0, "bad_in_a_row": 0, "log": []}
     if cfg.resume and (folder / "checkpoint.pt").exists():
-        state |= load_checkpoint(folder / "checkpoint.pt", policy, optimizer, cfg)
+        state |= load_checkpoint(folder / "checkpoint.pt", policy, optimizer, cfg, world) | {"bad_in_a_row": 0}
         say(f"{kind}: going on from step {state['step']}")
     state["config"] = asdict(cfg)
     order = Order([[1] * len(train)], [1.0], cfg.batch_size, cfg.seed)
@@ -762,16 +796,19 @@ def grpo(kind: str, start, reference: Policy, reward_models, rows, train: list[i
     filler = Batch(pack([Comparison("?", ["a"])], policy.tokenizer), torch.zeros(2), torch.ones(2, dtype=torch.bool))
     bar, reason, code = tqdm(total=steps, initial=state["step"], disable=not first, dynamic_ncols=True, desc=f"GRPO, {kind}"), "", 0
     while state["step"] < steps:
-        if (number := int(world.gather([stop.number]).max())) or state["bad_in_a_row"] == 10:
+        if (number := int(world.gather([stop.number]).max())) or state["bad_in_a_row"] >= 10:
             reason, code = ("told to stop", 128 + number) if number else (
-                "ten updates in a row had a gradient that is not finite; look at metrics.jsonl, then lower --lr", 1)
+                "ten updates in a row had a gradient that is not finite; look at metrics.jsonl, then start anew with a lower --lr", 1)
             break
         step, started = state["step"], time.time()
 
         # 1  Prompts
-        names = [train[i] for _, i in order.step(step)]
-        named = [(i, rows[i]) for i in names[world.rank::world.world_size]]
-        prompts = encode_prompts(named, policy, rows, world, threads)
+        try:
+            mine = [train[i] for _, i in order.step(step)][world.rank::world.world_size]
+            named, prompts = read_prompts(mine, rows, policy, world, threads)
+        except BadRow as error:  # on all ranks alike; the steps so far are not lost
+            reason, code = str(error), 1
+            break
 
         # 2  Rollouts   3  Rewards
         groups = roll_out(policy.eval(), reward_models, named, prompts, cfg, step)
@@ -782,14 +819,15 @@ def grpo(kind: str, start, reference: Policy, reward_models, rows, train: list[i
 
         # 5  Logprobs   6  Loss   7  Update
         batches = make_batches([g for g in groups if not (cfg.drop_equal and not g.advantages.any())], cfg)
-        shared = world.gather([sum(int(b.keep.sum()) for b in batches), len(batches)])  # what all ranks must agree on
+        own_tokens = sum(int(b.keep.sum()) for b in batches)
+        shared = world.gather([own_tokens, len(batches)])  # what all ranks must agree on
         tokens, micro_steps = int(shared[:, 0].sum()), int(shared[:, 1].max())
         sums, norms = [0.0] * 3, []
         if tokens:
             sums, norms = take_step(model.train(), reference, optimizer, batches, filler, cfg, world, micro_steps, tokens)
         bad = sum(not math.isfinite(norm) for norm in norms)
         state |= {"step": step + 1, "bad_gradients": state["bad_gradients"] + bad,
-                  "bad_in_a_row": state["bad_in_a_row"] + bad if bad else 0}
+                  "bad_in_a_row": (state["bad_in_a_row"] + bad) if bad else 0}
 
         # Log and save: (sum on this rank, number of what is summed there), which become means over all ranks
         rollouts, known = sum(len(g.rollouts) for g in groups), [g for g in groups if g.comparison.answer]
@@ -798,11 +836,13 @@ def grpo(kind: str, start, reference: Policy, reward_models, rows, train: list[i
                "accuracy": (sum(g.matches.sum().item() for g in known), sum(len(g.rollouts) for g in known)),
                "length": (sum(len(ids) for g in groups for ids in g.rollouts), rollouts),
                "truncated": (sum(g.truncated.sum().item() for g in groups), rollouts),
-               "equal_groups": (sum(not g.advantages.any() for g in groups), len(groups))} | {
-               name: (value, max(tokens, 1) / world.world_size) for name, value in zip(("loss", "kl", "clipped"), sums)}
-        total = world.gather([x for pair in own.values() for x in pair]).sum(dim=0).view(-1, 2).tolist()
-        row = {"step": step + 1} | {name: value / n if n else None for name, (value, n) in zip(own, total)} | {
+               "equal_groups": (sum(not g.advantages.any() for g in groups), len(groups)),
+               "loss": (sums[0], own_tokens), "kl": (sums[1], own_tokens), "clipped": (sums[2], own_tokens)}
+        total = dict(zip(own, world.gather([x for pair in own.values() for x in pair]).sum(dim=0).view(-1, 2).tolist()))
+        row = {"step": step + 1} | {name: value / max(n, 1) for name, (value, n) in total.items()} | {
             "grad_norm": max(norms, default=0.0), "tokens": tokens, "seconds": round(time.time() - started, 3)}
+        if not total["accuracy"][1]:  # no prompt of the step has an answer
+            row["accuracy"] = None
         state["log"] = [*state["log"], row]
         if first:
             write_text(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in state["log"]))
@@ -815,69 +855,72 @@ def grpo(kind: str, start, reference: Policy, reward_models, rows, train: list[i
     bar.close()
     state["seconds"] += time.time() - begun
     if reason:
-        save_checkpoint(folder / "checkpoint.pt", policy, optimizer, world, state)
+        if state["step"]:
+            save_checkpoint(folder / "checkpoint.pt", policy, optimizer, world, state)
         if first:
-            print(f"rl_demo.py: {reason}\n{state['step']} steps under {kind} are saved in {folder}; "
-                  f"to go on: the same command with --resume", file=sys.stderr)
+            saved = f"\n{state['step']} steps under {kind} are saved in {folder}; to go on: the same command with --resume"
+            print(f"rl_demo.py: {reason}{saved if state['step'] else ''}", file=sys.stderr)
         return code
-    records = examine(policy.eval(), reference, reward_models, *exam, cfg, world)
     if first:
         save_policy(policy, folder / "policy")
+    world.barrier()
+    records = examine(policy.eval(), reference, reward_models, *exam, cfg, world)
+    if first:
         write_text(folder / "result.json", json.dumps({"records": records, "seconds": round(state["seconds"], 1),
                                                        "bad_gradients": state["bad_gradients"]}) + "\n")
         (folder / "checkpoint.pt").unlink(missing_ok=True)
     world.barrier()
-    f = figures(records, kind)
-    say(f"{kind}: true accuracy {f['accuracy']:.3f} +- {f['standard_error']:.3f} on {len(records)} held-out prompts "
-        f"after {steps} steps in {state['seconds']:.0f} s")
+    say(f"{kind}: {accuracy_of(records)} after {steps} steps in {state['seconds']:.0f} s")
     return 0
 
 
 def main(cfg: Config, world: World) -> int:
-    # 1  Folder, signals
+    # A  Folder, signals
     out, first, began = Path(cfg.out), world.rank == 0, time.time()
     say = (lambda *text: tqdm.write(" ".join(map(str, text)))) if first else (lambda *text: None)
     stop, threads = StopSignal(), ThreadPoolExecutor()
     rows, train, held = open_prompts(cfg)
-    if problem := next(filter(None, world.gather_objects(claim_folder(out, cfg.overwrite, cfg.resume, "start.json") if first else "")), ""):
+    problem = claim_folder(out, cfg.overwrite, cfg.resume, "start.json", LEFTOVER) if first else ""
+    if problem := next(filter(None, world.gather_objects(problem)), ""):
         raise ValueError(problem)
+    if examined := (out / "start.json").exists():
+        check_settings(out / "start.json", json.loads((out / "start.json").read_text())["config"], cfg)
     say(json.dumps(asdict(cfg)))
 
-    # 2  Reward models
+    # B  Reward models
     reward_models = load_reward_models(cfg, world, say)
 
-    # 3  The start and the reference, which never moves
+    # C  The start and the reference, which never moves
     start = cfg.policy
     if start == "tiny":
         start = out / "policy"
-        if first and not start.exists():
+        if first and not examined:
             make_policy(cfg, start, reward_models[0])
         world.barrier()
     reference = load_policy(start, cfg.max_pixels, torch.bfloat16 if world.device.type == "cuda"
                             else torch.float32).to(world.device).requires_grad_(False)
     check_families(reference, cfg, reward_models)
 
-    # 4  The examination before
-    named = [(i, rows[i]) for i in held[world.rank::world.world_size]]
-    exam = (named, encode_prompts(named, reference, rows, world, threads))
-    if not (out / "start.json").exists():
+    # D  The examination before
+    exam = read_prompts(held[world.rank::world.world_size], rows, reference, world, threads)
+    if not examined:
         records = examine(reference, reference, reward_models, *exam, cfg, world)
         if first:
-            kinds = {r["category"]: r["row"] for r in reversed(records) if "<image>" in r["prompt"]} | {r["row"]: r["row"] for r in records}
+            kinds = {r["category"]: r["row"] for r in reversed(records) if rows[r["row"]].images} | {r["row"]: r["row"] for r in records}
             shown = [(i, "".join(map(thumbnails, rows[i].images))) for i in list(dict.fromkeys(kinds.values()))[:5]]
-            write_text(out / "start.json", json.dumps({"records": records, "shown": shown,
+            write_text(out / "start.json", json.dumps({"config": asdict(cfg), "records": records, "shown": shown,
                                                        "seconds": round(time.time() - began, 1)}) + "\n")
-        say(f"start: true accuracy {figures(records)['accuracy']:.3f} on {len(records)} held-out prompts, {cfg.group_size} rollouts each")
+        say(f"start: {accuracy_of(records)}, {cfg.group_size} rollouts each")
     world.barrier()
 
-    # 5  GRPO under each reward in turn, each from the same start
+    # E  GRPO under each reward in turn, each from the same start
     for kind in cfg.reward:
         if (out / kind / "result.json").exists():
             say(f"{kind}: done before")
         elif code := grpo(kind, start, reference, reward_models, rows, train, exam, cfg, world, stop, threads, say):
             return code
 
-    # 6  Report
+    # F  Report
     if first:
         print(f"\n{write_report(out, cfg)}\n\n"
               f"table.md, summary.json, curves.svg, rollouts.txt and index.html (open it in a browser) are in {out}")

@@ -9,7 +9,7 @@ Nothing is downloaded: a published shape with random weights costs what the trai
     counted    parameters, by building transformers' own classes without storage
     measured   here, with the functions of rl_demo.py:
                - the wait for one token of `generate` at the 3B's depth of 36 layers and a width of 64, where next to nothing is computed:
-                 the time of Python and of starting the kernels. The fastest GPU waits for it too
+                 the time of Python and of starting the kernels. The fastest GPU waits for it too, and for autocast's casts besides
                - operations of forward and backward in a slice of the 3B, one layer of its full width, against the rule of 2 for each
                  weight and token forward and 4 more backward
                - bytes of activations that the slice keeps for the backward pass. In fp32: on a GPU, in bf16, most of them are half as large
@@ -139,39 +139,40 @@ def main(cfg: Config) -> None:
 
     # 3  Time of a step on one GPU, in seconds
     sizes, rate = benchmark.SIZES["3b"], cfg.tflops * 1e12
-    layers, width = sizes["num_hidden_layers"], sizes["hidden_size"]
-    groups = math.ceil(cfg.batch_size / cfg.gpus)
-    at_once = max(cfg.rollout_rows // cfg.group_size, 1)
+    groups, at_once = math.ceil(cfg.batch_size / cfg.gpus), max(cfg.rollout_rows // cfg.group_size, 1)
     rows = min(at_once, groups) * cfg.group_size
-    group = {"tokens": cfg.prompt_tokens + cfg.group_size * cfg.response_tokens, "patches": 4 * cfg.image_tokens,
-             "written": cfg.group_size * cfg.response_tokens}
+    written = cfg.group_size * cfg.response_tokens
     prompt = {"tokens": cfg.prompt_tokens, "patches": 4 * cfg.image_tokens, "written": 0}
-    # attention: 4 operations for each pair of tokens that meet, layer and unit of width
-    met = cfg.prompt_tokens**2 / 2 + group["written"] * (cfg.prompt_tokens + cfg.response_tokens / 2)
-    attention = 4 * met * layers * width
-    cache = 2 * 2 * layers * sizes["num_key_value_heads"] * 128  # bytes of keys and values of a token, bf16
-    context = rows * (cfg.prompt_tokens + cfg.response_tokens / 2)
-    # Each written token reads the bf16 weights, and the cache three times over: transformers' cache is copied as it grows
-    traffic = 2 * (count["3b"]["text"] + count["3b"]["words"]) + 3 * context * cache
-    busy = traffic / (cfg.bandwidth * 1e12) + 2 * rows * (count["3b"]["text"] + count["3b"]["words"]) / rate
-    wait = statistics.median(waits)
+    group = {"tokens": cfg.prompt_tokens + written, "patches": 4 * cfg.image_tokens, "written": written}
+    # attention: 4 operations for each pair of tokens, layer and unit of width; responses meet under a mask, which is multiplied out
+    met = cfg.prompt_tokens**2 / 2 + written * group["tokens"]
+    attention = {name: 4 * met * size["num_hidden_layers"] * size["hidden_size"] for name, size in benchmark.SIZES.items()}
+
+    def through(name, times, times_words):
+        return groups * (operations(**count[name], item=group, times=times, times_words=times_words) + times * attention[name]) / rate
+
+    weights = count["3b"]["text"] + count["3b"]["words"]
+    cache = 2 * 2 * sizes["num_hidden_layers"] * sizes["num_key_value_heads"] * 128  # bytes of a token's keys and values, in bf16
+    # a written token reads the bf16 weights once, and the cache three times: transformers copies it as it grows
+    traffic = 2 * weights + 3 * cache * rows * (cfg.prompt_tokens + cfg.response_tokens / 2)
+    busy, wait = traffic / (cfg.bandwidth * 1e12) + 2 * rows * weights / rate, statistics.median(waits)
     seconds = {
         "writing the rollouts": math.ceil(groups / at_once) * cfg.response_tokens * max(wait, busy)
         + groups * operations(**count["3b"], item=prompt, times=1, times_words=0) / rate,
-        "rewards, one 7B": groups * (operations(**count["7b"], item=group, times=1, times_words=0) + attention) / rate,
-        "log-probabilities of the reference": groups * (operations(**count["3b"], item=group, times=1, times_words=1) + attention) / rate,
-        "forward, backward, with checkpointing": groups * (operations(**count["3b"], item=group, times=4, times_words=4) + 4 * attention)
-        / rate}
+        "rewards, one 7B": through("7b", 1, 0),
+        "log-probabilities of the reference": through("3b", 1, 1),
+        "forward and backward, with checkpointing": through("3b", 4, 4)}
     steps = math.ceil(cfg.prompts / cfg.batch_size)
 
     # 4  Memory of one GPU, in bytes
-    tokens = max(cfg.pack_tokens, group["tokens"])
-    always = {"policy, fp32": 4 * policy, "its bf16 copy, which autocast keeps": 2 * policy,
-              "AdamW's moments, this rank's share": 8 * policy / cfg.gpus, "reference, bf16": 2 * policy, "reward model, bf16": 2 * judge}
+    always = {"policy, fp32": 4 * policy, "its gradients, in DDP's buffers": 4 * policy, "its bf16 copy, which autocast keeps": 2 * policy,
+              "AdamW's moments, this rank's share": 8 * policy / cfg.gpus, "reference, bf16": 2 * policy, "reward model, bf16": 2 * judge,
+              "CUDA and NCCL (assumed)": 2e9}
     writing = {"keys and values, at most": rows * (cfg.prompt_tokens + cfg.response_tokens) * cache}
-    learning = {"gradients, fp32": 4 * policy, "activations of a pack": tokens * (layers * kept[True] + kept[False]),
+    learning = {"activations of a pack": max(cfg.pack_tokens, group["tokens"]) * (sizes["num_hidden_layers"] * kept[True] + kept[False]),
                 "logits, their softmax and gradient": 3 * 4 * 1024 * sizes["vocab_size"]}
-    whole = {name: sum(always.values()) + sum(part.values()) for name, part in (("writing", writing), ("learning", learning))}
+    together = {f"together, while {name}": sum(always.values()) + sum(part.values())
+                for name, part in (("writing", writing), ("learning", learning))}
 
     # 5  Said
     print(json.dumps({"settings": vars(cfg), "parameters": {"3b": policy, "7b": judge}, "seconds_per_token": [round(w, 4) for w in waits],
@@ -181,10 +182,10 @@ def main(cfg: Config) -> None:
     print(f"\n| a step, {cfg.batch_size} prompts on {cfg.gpus} GPUs | seconds |\n|---|---|")
     for name, value in (seconds | {"together": sum(seconds.values())}).items():
         print(f"| {name} | {value:.0f} |")
-    print(f"\n{cfg.prompts:,} prompts are {steps} steps: {steps * sum(seconds.values()) / 3600:.1f} hours. A written token waits "
-          f"{1000 * wait:.0f} ms for Python ({1000 * min(waits):.0f} to {1000 * max(waits):.0f}), {1000 * busy:.0f} ms for the GPU.\n\n"
-          f"| memory of a GPU | GB |\n|---|---|")
-    for name, value in (always | writing | learning | {f"together, while {name}": value for name, value in whole.items()}).items():
+    print(f"\n{cfg.prompts:,} prompts are {steps} steps: {steps * sum(seconds.values()) / 3600:.1f} hours, without the examinations. A "
+          f"written token waits {1000 * wait:.0f} ms for Python ({1000 * min(waits):.0f} to {1000 * max(waits):.0f}), {1000 * busy:.0f} ms "
+          f"for the GPU.\n\n| memory of a GPU | GB |\n|---|---|")
+    for name, value in (always | writing | learning | together).items():
         print(f"| {name} | {value / 1e9:.1f} |")
 
 

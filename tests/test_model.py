@@ -235,6 +235,16 @@ def test_recomputed_activations_give_the_same_gradient(tiny):
     assert layer.gradient_checkpointing and (gradients[0] - gradients[1]).norm() <= 1e-6 * gradients[0].norm()
 
 
+def test_under_autocast_bf16_weights_compute_what_fp32_weights_of_the_same_values_do(backbones):
+    """So that on a GPU a frozen reference in bf16 gives, to the bit, what the fp32 policy gives that starts from the same checkpoint."""
+    whole, half = (RewardModel.from_backbone(backbones(), dtype=dtype).eval() for dtype in (torch.float32, torch.bfloat16))
+    for q in whole.parameters():
+        q.data = q.data.bfloat16().float()
+    p = pack(encoded(whole))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(m.hidden_states(whole.backbone, p), m.hidden_states(half.backbone, p))
+
+
 def test_a_reward_ignores_its_neighbours_in_the_pack(tiny):
     items = encoded(tiny)
     together = tiny(pack(items))

@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,8 @@ from transformers import GenerationConfig
 
 import rl_demo as rl
 from data import World, synthetic, write_comparisons
-from model import encode, pack, replace_responses, stock_attention, tiny_backbone
+from model import RewardModel, encode, pack, plain_rewards, replace_responses, stock_attention, tiny_backbone
+from two_ranks_rl import AfterTwoSteps
 
 ALONE = World(0, 0, 1, torch.device("cpu"))
 
@@ -147,10 +148,12 @@ SAME = [("Red", "red"), ("  red \n", "red"), ("red.", "red"), ('"Red"!', "red"),
         ("3:45", "3:45"), ("1/2", "1/2"), ("5 cm", "5"), ("5cm", "5 centimeters"), ("50%", "50 percent"), ("$5", "5 dollars"),
         ("12 °", "12"), ("(A)", "A"), ("a", "A"), ("B.", "b"), ("C) a red circle", "C"), ("Option D", "D"),
         ("The correct answer is (b).", "B"), ("Answer: C", "C"), ("A. red", "red"), ("I think \\boxed{7}", "7"),
-        ("<think>4?</think><answer>5</answer>", "5"), ("(B) 3 cm", "B"), ("caf\u00e9", "CAFE\u0301")]
+        ("<think>4?</think><answer>5</answer>", "5"), ("(B) 3 cm", "B"), ("caf\u00e9", "CAFE\u0301"),
+        ("10²", "10^2"), ("\\boxed{\\frac{1}{2}}", "1/2"), ("x >= 3", "x ≥ 3"), ("30^\\circ", "30°"), ("- red", "red")]
 DIFFERENT = [("blue", "red"), ("red circle", "red"), ("circle red", "red circle"), ("10", "1"), ("-3", "3"), ("3.5", "35"),
              ("1/2", "12"), ("1,5", "15"), ("5 cm", "5 km"), ("B", "A"), ("A red circle", "A"), ("A or B", "A"), ("", "red"),
-             ("red", ""), ("...", ""), ("5", "five"), ("3:45", "345"), ("m", "s"), ("<answer></answer>", "red")]
+             ("red", ""), ("...", ""), ("5", "five"), ("3:45", "345"), ("m", "s"), ("<answer></answer>", "red"),
+             ("x > 3", "x < 3"), ("√2", "2"), ("≤5", "5"), ("±5", "5"), ("2+3", "2*3"), ("10²", "102"), ("-x", "x")]
 
 
 @pytest.mark.parametrize("response, answer", SAME)
@@ -239,6 +242,27 @@ def test_the_first_gradient_is_that_of_reinforce_on_separate_sequences(policy, j
         torch.testing.assert_close(p.grad, naive[name], atol=1e-5 * float(scale), rtol=1e-4, msg=lambda m: f"{name}: {m}")
 
 
+def test_a_second_pass_keeps_the_first_ones_probabilities_as_the_old_ones(policy):
+    """take_step with two passes against the same written out: rho is measured from where the rollouts were drawn, at every pass."""
+    prompt = prompts_of(policy, visual_and_text()[:1])[0]
+    group = rl.Group(None, prompt, [[270, policy.end], [271, 272]], ["", ""], torch.tensor([False, True]), None, None, None,
+                     torch.tensor([1.0, -1.0]))
+    cfg, reference = rl.Config(policy="p", data="d", passes=2, lr=0.5, kl_coef=0.1, clip=1e9).resolved(), copy.deepcopy(policy)
+    (batch,) = rl.make_batches([group], cfg)
+    ours, naive = copy.deepcopy(policy), copy.deepcopy(policy)
+    rl.take_step(ours, reference, torch.optim.SGD(ours.parameters(), lr=0.5), [batch], None, cfg, ALONE, 1, 4)
+    optimizer, drawn_with, steps = torch.optim.SGD(naive.parameters(), lr=0.5), policy(batch.pack).detach(), []
+    for _ in range(2):
+        optimizer.zero_grad()
+        logprobs = naive(batch.pack)
+        rl.grpo_loss(logprobs, drawn_with, drawn_with, batch.advantage, 4, kl_coef=0.1).backward()
+        optimizer.step()
+        steps.append(logprobs.detach())
+    assert (steps[1] - steps[0]).abs().max() > 0.1  # the first pass moved the policy, so it matters which one is the old
+    for ours, naive in zip(ours.parameters(), naive.parameters()):
+        torch.testing.assert_close(ours, naive)
+
+
 def test_cut_off_rollouts_leave_the_loss_only_when_asked_to(policy):
     prompt = prompts_of(policy, visual_and_text()[:1])[0]
     group = rl.Group(None, prompt, [[270, policy.end], [271, 272]], ["", ""], torch.tensor([False, True]), None, None, None,
@@ -276,18 +300,6 @@ def test_a_run_leaves_a_table_curves_and_a_page_that_needs_no_other_file(whole_r
 
 
 def test_a_resumed_run_ends_with_the_weights_of_one_that_was_not_interrupted(whole_run, flags, tmp_path, monkeypatch, capsys):
-    class AfterTwoSteps(rl.StopSignal):
-        asked = -1
-
-        @property
-        def number(self):
-            self.asked += 1
-            return 15 * (self.asked >= 2)
-
-        @number.setter
-        def number(self, value):
-            pass
-
     cfg = rl.Config(**flags, out=str(tmp_path / "run")).resolved()
     with monkeypatch.context() as patch:
         patch.setattr(rl, "StopSignal", AfterTwoSteps)
@@ -302,15 +314,15 @@ def test_a_resumed_run_ends_with_the_weights_of_one_that_was_not_interrupted(who
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_two_ranks_take_the_steps_of_one(whole_run, flags, tmp_path):
+def test_two_ranks_stopped_and_resumed_take_the_steps_of_one(whole_run, flags, tmp_path):
     """Three prompts a step on two ranks: one has two, the other one. Sums come in another order, so the last digits of fp32 differ, and
     AdamW turns a gradient near zero into a step of up to lr: hence 2% of the distance travelled, measured over all weights together."""
     words = [word for name, value in (flags | {"out": tmp_path / "two"}).items()
              for word in (f"--{name}", *map(str, value if isinstance(value, list) else [value]))]
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-                           str(ROOT / "rl_demo.py"), *words],
+                           str(ROOT / "tests" / "two_ranks_rl.py"), *words],
                           capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0 and "2 steps under model are saved" in done.stderr, done.stderr[-2000:]
     one, two = ([json.loads(line) for line in open(Path(out) / "model" / "metrics.jsonl")] for out in (whole_run.out, tmp_path / "two"))
     for a, b in zip(one, two, strict=True):
         assert ({key: a[key] for key in a if key != "seconds"}
@@ -319,6 +331,76 @@ def test_two_ranks_take_the_steps_of_one(whole_run, flags, tmp_path):
     apart = sum((ours[name] - theirs[name]).pow(2).sum() for name in start).sqrt()
     travelled = sum((theirs[name] - start[name]).pow(2).sum() for name in start).sqrt()
     assert travelled > 0.1 and apart < 0.02 * travelled
+
+
+def test_the_main_command_in_a_shortened_form(judge, tmp_path):
+    """A tiny policy made on the spot, drawn pictures, one step; then its report."""
+    cfg = rl.Config(reward_model=[str(judge)], reward=["hybrid"], sft_steps=4, max_steps=1, batch_size=2, eval_size=6, group_size=2,
+                    max_new_tokens=3, out=str(tmp_path / "run")).resolved()
+    assert rl.main(cfg, ALONE) == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["n"] == 6 and (tmp_path / "run" / "policy").is_dir()
+    with pytest.raises(ValueError, match="start.json belongs to another run: eval_size was 6, is 7"):
+        rl.main(replace(cfg, resume=True, eval_size=7), ALONE)
+
+
+def test_prompts_without_answers_are_paid_but_not_called_wrong(flags, prompts_folder, tmp_path):
+    lines = [json.loads(line) for line in open(prompts_folder / "comparisons.jsonl")]
+    (tmp_path / "asked").mkdir()
+    (tmp_path / "asked" / "images").symlink_to(prompts_folder / "images")
+    (tmp_path / "asked" / "comparisons.jsonl").write_text(
+        "".join(json.dumps({key: row[key] for key in ("prompt", "images") if key in row}) + "\n" for row in lines))
+    cfg = rl.Config(**flags | {"data": str(tmp_path / "asked"), "max_steps": 1}, out=str(tmp_path / "run")).resolved()
+    assert rl.main(cfg, ALONE) == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["policies"]["model"]["accuracy"] is None
+    assert json.loads(open(tmp_path / "run" / "model" / "metrics.jsonl").readline())["accuracy"] is None
+
+
+def test_groups_that_agree_are_dropped_when_asked_to(flags, tmp_path):
+    """A policy that is never right under `rule`: every reward is 0 and every group agrees."""
+    for drop in (False, True):
+        cfg = rl.Config(**flags | {"reward": ["rule"], "max_steps": 1}, drop_equal=drop, out=str(tmp_path / str(drop))).resolved()
+        assert rl.main(cfg, ALONE) == 0
+        row = json.loads(open(tmp_path / str(drop) / "rule" / "metrics.jsonl").readline())
+        assert row["equal_groups"] == 1 and bool(row["tokens"]) != drop
+
+
+def test_gradients_that_are_not_finite_are_skipped_and_ten_end_the_run_but_not_its_resumption(flags, tmp_path, monkeypatch, capsys):
+    cfg = rl.Config(**flags | {"max_steps": 6}, out=str(tmp_path / "run")).resolved()
+    with monkeypatch.context() as patch:
+        patch.setattr(rl, "grpo_loss", lambda logprobs, *_: logprobs.sum() * torch.nan)
+        assert rl.main(cfg, ALONE) == 1
+    assert "ten updates in a row" in capsys.readouterr().err
+    state = torch.load(tmp_path / "run" / "model" / "checkpoint.pt", weights_only=True)
+    assert state["step"] == 5 and state["bad_gradients"] == 10  # two passes a step
+    assert all(torch.equal(state["policy"][name], weight) for name, weight in rl.load_policy(flags["policy"]).state_dict().items())
+    assert rl.main(replace(cfg, resume=True), ALONE) == 0 and len(open(tmp_path / "run" / "model" / "metrics.jsonl").readlines()) == 6
+
+
+def test_a_row_that_cannot_be_used_does_not_lose_the_steps_before_it(flags, prompts_folder, tmp_path, capsys):
+    lines = (prompts_folder / "comparisons.jsonl").read_text().splitlines()
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "images").symlink_to(prompts_folder / "images")
+    cfg = rl.Config(**flags | {"data": str(tmp_path / "bad")}, out=str(tmp_path / "run")).resolved()
+    held = {0, 10}
+    train = [i for i in range(20) if i not in held]
+    second = train[rl.Order([[1] * 18], [1.0], 3, 0).step(1)[0][1]]
+    (tmp_path / "bad" / "comparisons.jsonl").write_text("".join((line if i != second else "{") + "\n" for i, line in enumerate(lines)))
+    assert rl.main(cfg, ALONE) == 1
+    said = capsys.readouterr().err
+    assert f"comparisons.jsonl:{second + 1}: malformed JSON" in said and "1 steps under model are saved" in said
+
+
+def test_the_tables_figures_by_head():
+    """Two prompts with an answer, of two rollouts each, and one without."""
+    def record(answer, matches, truncated, tokens, kl_sum):
+        return {"category": "a", "answer": answer, "texts": ["", ""], "matches": matches, "truncated": truncated,
+                "model_rewards": [1.0, 3.0], "tokens": tokens, "kl_sum": kl_sum}
+
+    f = rl.figures([record("x", [True, True], [False, False], 4, 1.0), record("y", [True, False], [False, False], 6, 2.0),
+                    record("", [False, False], [False, True], 10, 3.0)], "rule")
+    assert f["accuracy"] == 0.75 and f["accuracy_by_category"] == {"a": 0.75} and f["standard_error"] == 0.25 / math.sqrt(2)
+    assert f["kl"] == 6 / 20 and f["length"] == 20 / 6 and f["truncated"] == 1 / 6 and f["model_reward"] == 2.0
+    assert f["reward"] == 0.5  # of 1, 1/2 and 0
 
 
 def test_equal_rollouts_are_paid_equally_to_the_last_bit(policy, tiny, monkeypatch):
@@ -331,6 +413,19 @@ def test_equal_rollouts_are_paid_equally_to_the_last_bit(policy, tiny, monkeypat
         assert not any(rl.group_advantages(rl.reward(kind, g.matches, g.model_rewards, g.truncated)).any() for g in groups[1:])
 
 
+def test_every_rollout_gets_the_reward_of_its_own_words(policy, tiny, monkeypatch):
+    """Across packs, with repeated rollouts, and with one that was cut off, whose reward is read at an <|im_end|> put behind it."""
+    end, comparisons = policy.end, visual_and_text()
+    written = [[[265, end], [270, 271, end], [265, end], [300, 301]], [[end], [271, end], [270, end], [end]],
+               [[271, end], [271, end], [271, end], [265, end]]]
+    monkeypatch.setattr(rl, "generate", lambda _, prompts, *__: written)
+    groups = rl.roll_out(policy, [tiny], list(enumerate(comparisons)), prompts_of(policy, comparisons), rl.Config(pack_tokens=70), 0)
+    for group, rollouts in zip(groups, written):
+        with torch.no_grad():
+            alone = plain_rewards(tiny, [replace_responses(group.prompt, [ids if ids[-1] == end else [*ids, end] for ids in rollouts])])
+        torch.testing.assert_close(group.model_rewards, alone, atol=1e-5, rtol=0)
+
+
 def test_an_ensemble_pays_the_mean_of_its_members(policy, tiny):
     other = copy.deepcopy(tiny)
     torch.nn.init.normal_(other.head[-1].weight)
@@ -338,15 +433,15 @@ def test_an_ensemble_pays_the_mean_of_its_members(policy, tiny):
     named, prompts, cfg = [(0, comparison)], prompts_of(policy, [comparison]), rl.Config(group_size=3, max_new_tokens=4, pack_tokens=300)
     one, two, both = (rl.roll_out(policy, models, named, prompts, cfg, 0)[0] for models in ([tiny], [other], [tiny, other]))
     torch.testing.assert_close(both.model_rewards, (one.model_rewards + two.model_rewards) / 2)
-    assert torch.tensor(tiny.score(comparison.prompt, one.texts, comparison.images)).shape == one.model_rewards.shape
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
-# Bad input, flags
+# Bad input
 
 
 def test_bad_input_gets_one_line_that_says_what_to_do(flags, judge, backbones, tmp_path):
     other = tiny_backbone(tmp_path / "other", ["entirely different words make other tokens"] * 50, seed=1, width=64, vocabulary_head=True)
+    RewardModel.from_backbone(backbones("qwen2")).save_pretrained(tmp_path / "blind")
     rows = [{"prompt": "Name a colour.", "answer": "red"}, {"prompt": "Name a fruit."}]
     for name, lines in (("unanswered", rows), ("empty", []),
                         ("no_image", [{"prompt": "<image>What?", "images": ["none.png"], "answer": "a"}] * 2)):
@@ -358,7 +453,7 @@ def test_bad_input_gets_one_line_that_says_what_to_do(flags, judge, backbones, t
              ({"data": str(tmp_path / "empty")}, "holds no row"),
              ({"data": str(tmp_path / "no_image")}, "none.png does not exist"), ({"reward": ["best"]}, "want one or several of rule"),
              ({"group_size": 1}, "at least 2"), ({"reward_model": [str(tmp_path)]}, "not a saved reward model"),
-             ({"data": ""}, "needs --data")]
+             ({"reward_model": [str(tmp_path / "blind")]}, "text-only and the policy"), ({"data": ""}, "needs --data")]
     for number, (change, message) in enumerate(cases):
         with pytest.raises(ValueError, match=message) as error:
             rl.main(rl.Config(**flags | change, out=str(tmp_path / f"run{number}")).resolved(), ALONE)
@@ -368,32 +463,18 @@ def test_bad_input_gets_one_line_that_says_what_to_do(flags, judge, backbones, t
     assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith("rl_demo.py: ") and "Traceback" not in done.stderr
 
 
-def test_every_flag_is_read():
-    source = (ROOT / "rl_demo.py").read_text()
-    assert [f.name for f in fields(rl.Config) if not re.search(rf"\b(cfg|self|config)\.{f.name}\b", source)] == []
-
-
 # ---------------------------------------------------------------------------------------------------------------------------------
 # Other people's trainers
 
 
-def trl_reward(judge):
-    """The README's lines: a function, since TRL takes a torch module for one of its own reward models and calls it otherwise."""
-    def base_reward(prompts, completions, images=None, **_):
-        rewards = []
-        for i, (prompt, completion) in enumerate(zip(prompts, completions)):
-            text = completion if isinstance(completion, str) else completion[-1]["content"]
-            rewards += judge.score(prompt, [text], images[i] if images else ())
-        return rewards
-    return base_reward
-
-
 def test_score_is_a_reward_function_of_trl(policy_folder, tiny, tmp_path):
-    """GRPOTrainer runs with it; and rows with images, as TRL hands them on, get the reward of `score`."""
+    """The README's own lines: GRPOTrainer runs with them; and rows with images, as TRL hands them on, get the reward of `score`."""
     trl = pytest.importorskip("trl")
     from datasets import Dataset
     from transformers import AutoTokenizer
-    paid = trl_reward(tiny)
+    (lines,) = re.findall(r"^def base_reward.*?^    return rewards$", (ROOT / "README.md").read_text(), re.M | re.S)
+    exec(lines, names := {"judge": tiny})
+    paid = names["base_reward"]
     c = visual_and_text()[0]
     messages = trl.data_utils.prepare_multimodal_messages([{"role": "user", "content": c.prompt.replace("<image>", "")}], images=c.images)
     answers = [[{"role": "assistant", "content": text}] for text in c.responses]

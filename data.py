@@ -41,6 +41,7 @@ Where this differs from the paper: it says nothing of curation, and it counts pa
 import base64
 import contextlib
 import copy
+import fcntl
 import functools
 import graphlib
 import hashlib
@@ -60,6 +61,7 @@ from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -69,7 +71,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, HfArgumentParser
 from transformers.hf_argparser import HfArg
 
-from model import FORMATS, MARK, MAX_FRAMES, Comparison, is_video, open_frames, open_image, to_messages
+from model import FORMATS, MARK, Comparison, frames_of, is_video, open_frames, open_image, to_messages
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 # 1  Processes
@@ -110,28 +112,32 @@ class World:
 
 
 def setup() -> World:
-    """Joins the process group that torchrun announces in the environment: NCCL where there is a GPU for every process, else gloo."""
+    """Joins the process group that torchrun announces in the environment: NCCL if there is a GPU for every process, else gloo on CPUs."""
     rank, local_rank, world_size = (int(os.environ.get(name, default)) for name, default in
                                     (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    enough = torch.cuda.is_available() and torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    device = torch.device("cuda", local_rank) if enough else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # Two hours: all ranks wait while the first writes a checkpoint, 93 GB for the 7B, and for the slowest to have scored its share
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
     return World(rank, local_rank, world_size, device)
 
 
 class StopSignal:
-    """Remembers SIGTERM or Ctrl-C until the step is done; a second one ends at once."""
+    """Remembers SIGTERM, SIGHUP (a lost terminal) or Ctrl-C until the step is done; a second Ctrl-C ends at once. A second SIGTERM does
+    not: launchers signal a process directly and again through torchrun."""
 
     def __init__(self):
         self.number = 0
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
             signal.signal(number, self.note)
 
     def note(self, number, _frame):
         self.number = number
-        signal.signal(number, signal.SIG_DFL)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def claim_folder(out: Path, overwrite: bool, resume: bool, ours: str, leftover: tuple = ()) -> str:
@@ -169,7 +175,7 @@ def write_state(file: Path, state: dict) -> str:
         os.replace(partial, file)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         partial.unlink(missing_ok=True)
-        return f"cannot write {file} ({' '.join(str(error).split())[:120]}); is the disk full? The one before is intact"
+        return f"cannot write {file} ({' '.join(str(error).split())[:120]}); is the disk full? One that was there before is intact"
     return ""
 
 
@@ -228,13 +234,14 @@ def from_trl(row: dict) -> tuple[object, list[str]]:
         return prompt, [chosen, rejected]
     if not (isinstance(chosen, list) and isinstance(rejected, list)):
         raise ValueError("chosen and rejected must both be texts or both be lists of messages")
-    if not prompt:
-        prompt = chosen[:-1]
-        if rejected[:-1] != prompt:
-            raise ValueError("chosen and rejected part before their last message, so there is no common prompt; give it as `prompt`")
-    elif isinstance(prompt, list) and len(chosen) > 1 and chosen[:len(prompt)] != prompt:
-        prompt = prompt + chosen[:-1] if chosen[:-1] == rejected[:-1] else prompt
-    return prompt, [text_of(chosen[-1]), text_of(rejected[-1])]
+    head = chosen[:-1]
+    if rejected[:-1] != head:
+        raise ValueError("chosen and rejected part before their last message, so there is no common prompt; want one reply in each")
+    if head and prompt:  # a prompt that the conversations begin with, or hold, is said already
+        said = [(message.get("role"), message.get("content")) for message in head]
+        apart = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        head = head if (apart[-1].get("role"), apart[-1].get("content")) in said else apart + head
+    return head or prompt, [text_of(chosen[-1]), text_of(rejected[-1])]
 
 
 def text_of(message: dict) -> str:
@@ -365,6 +372,7 @@ class Order:
         self.pairs = [torch.tensor(pairs, dtype=torch.int32) for pairs in sets]
         self.weights, self.batch_size, self.seed = weights, batch_size, seed
         self.epoch = functools.lru_cache(maxsize=2)(self._epoch)
+        self.lengths = []  # steps of the epochs so far
 
     def _epoch(self, epoch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(set of each row, row, and where each step starts) for one epoch."""
@@ -389,17 +397,23 @@ class Order:
     def step(self, step: int) -> list[tuple[int, int]]:
         """The (set, row) names of all ranks' rows together; rank r takes every world_size-th of them from the r-th on."""
         epoch = 0
-        while step >= (n := len(self.epoch(epoch)[2]) - 1):
-            step, epoch = step - n, epoch + 1
+        while step >= self.length(epoch):
+            step, epoch = step - self.length(epoch), epoch + 1
         owner, row, starts = self.epoch(epoch)
         part = slice(starts[step], starts[step + 1])
         return list(zip(owner[part].tolist(), row[part].tolist()))
 
+    def length(self, epoch: int) -> int:
+        """Number of steps in one epoch; asked for in the order of the epochs."""
+        if epoch == len(self.lengths):
+            self.lengths.append(len(self.epoch(epoch)[2]) - 1)
+        return self.lengths[epoch]
+
     def steps(self, epochs: float) -> int:
         """Number of steps in so many epochs, at least one."""
-        whole = sum(len(self.epoch(e)[2]) - 1 for e in range(int(epochs)))
+        whole = sum(map(self.length, range(int(epochs))))
         part = epochs - int(epochs)
-        return max(whole + (round(part * (len(self.epoch(int(epochs))[2]) - 1)) if part else 0), 1)
+        return max(whole + (round(part * self.length(int(epochs))) if part else 0), 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -495,14 +509,20 @@ def new_folder(folder):
     if folder.exists():
         raise BadRow(f"{folder} exists already; remove it or choose another --out")
     partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-    (partial / "images").mkdir(parents=True)
-    try:
-        yield partial
-        os.rename(partial, folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{folder}.lock", "w") as lock:  # held as long as this process lives
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise BadRow(f"another process is writing {folder}; wait for it or choose another --out") from None
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+        (partial / "images").mkdir(parents=True)
+        try:
+            yield partial
+            os.rename(partial, folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+            os.unlink(lock.name)
 
 
 def write_comparisons(folder, comparisons, bar: bool = True) -> Path:
@@ -607,10 +627,10 @@ def mm_rlhf(row: dict) -> dict:
         return pair(prompt, chosen, rejected, picture) | {"critiques": critiques if all(critiques) else [], "category": folder_of(picture)}
     prompt, responses, ranks, picture = need(row, "question", "models_output", "final_ranking", "image|video")
     aspects = [row[name] for name in ("faithfulness", "helpfulness", "ethical") if row.get(name)]
-    totals = [sum(a[i] or 0 for a in aspects) for i in range(len(responses))]
-    known = [(rank, total) for rank, total in zip(ranks, totals) if rank is not None]
-    if sum((ra - rb) * (ta - tb) for (ra, ta), (rb, tb) in itertools.combinations(known, 2)) > 0:
-        raise ValueError(f"ranking against its scores: ranks {ranks}, scores {totals}; if most rows say so, the last rank is the best one")
+    ranked_ones = [i for i, rank in enumerate(ranks) if rank is not None]
+    if sum((ranks[i] - ranks[j]) * (scores[i] - scores[j]) for scores in aspects for i, j in itertools.combinations(ranked_ones, 2)
+           if scores[i] is not None and scores[j] is not None) > 0:
+        raise ValueError(f"ranking against its scores: ranks {ranks}, scores {aspects}; if most rows say so, the last rank is the best one")
     return ranked(prompt, responses, [None if r is None else -r for r in ranks], picture) | {"category": folder_of(picture)}
 
 
@@ -669,7 +689,7 @@ def shp(row: dict) -> dict:
     Trap: labels 1 means A; one public loader has it reversed.
     """
     prompt, a, b, label, score_a, score_b = need(row, "history", "human_ref_A", "human_ref_B", "labels", "score_A", "score_B")
-    if label not in (0, 1) or (score_a > score_b) != (label == 1):
+    if label not in (0, 1) or (score_a - score_b) * (1 if label else -1) < 0:
         raise ValueError(f"label against its scores: labels {label}, score_A {score_a}, score_B {score_b}")
     return pair(prompt, a, b) if label == 1 else pair(prompt, b, a)
 
@@ -697,6 +717,8 @@ def swe_arena(row: dict) -> dict:
     if vote not in ("vote_left", "vote_right", "vote_model_A", "vote_model_B"):
         raise ValueError(f"tie or no vote: vote_type is {vote!r}")
     sides = [[{"role": "user" if role.lower() == "user" else "assistant", "content": text} for role, text in side] for side in sides]
+    if any(not side or side[-1]["role"] == "user" for side in sides):
+        raise ValueError("no reply: a side ends with its user")
     chosen, rejected = sides if vote in ("vote_left", "vote_model_A") else sides[::-1]
     prompt = chosen[:-1] if chosen[:-1] == rejected[:-1] else instruction
     return pair(prompt, text_of(chosen[-1]), text_of(rejected[-1]))
@@ -713,8 +735,9 @@ def vlfeedback(row: dict) -> dict:
     responses, annotations = need(completions, "response", "annotations")
     scores = []
     for aspects in annotations:
+        ratings = [need(aspect, "Rating")[0] for aspect in aspects.values()]
         try:
-            scores.append(sum(float(need(aspect, "Rating")[0]) for aspect in aspects.values()) / len(aspects))
+            scores.append(sum(map(float, ratings)) / len(ratings))
         except (TypeError, ValueError, ZeroDivisionError):
             scores.append(None)
     return ranked(prompt, responses, scores, image)
@@ -752,7 +775,8 @@ def own_pairs(row: dict) -> dict:
     if "chosen" not in row and "rejected" not in row:
         return row | {"images": images if isinstance(images, (list, tuple)) else [images]}
     prompt, (chosen, rejected) = from_trl(row)
-    return pair(prompt, chosen, rejected, images) | {key: row[key] for key in ("category", "answer", "critiques") if key in row}
+    return pair(prompt, chosen, rejected, images) | {
+        key: row[key] for key in ("id", "source", "category", "answer", "critiques") if key in row}
 
 
 def vstar(row: dict) -> dict:
@@ -817,13 +841,13 @@ def json_rows(file: Path):
     """(file, number, row) of a file of JSON Lines, rows still as bytes, or of one JSON list, which is read in pieces and never whole
     in memory."""
     with open(file, "rb") as lines:
-        is_list = lines.read(64).lstrip().startswith(b"[")
+        is_list = lines.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")  # a byte order mark may stand first
         lines.seek(0)
         if not is_list:
             yield from ((file, number, line) for number, line in enumerate(lines, 1) if line.strip())
             return
-        # bytes that are no UTF-8 become escapes that JSON does not know, so that they are an error of a row
-        text, decode, number = io.TextIOWrapper(lines, "utf-8", "backslashreplace"), json.JSONDecoder().raw_decode, 0
+        # bytes that are no UTF-8 become escapes that JSON does not know: an error that names the place
+        text, decode, number = io.TextIOWrapper(lines, "utf-8-sig", "backslashreplace"), json.JSONDecoder().raw_decode, 0
         buffer, at = text.read(1 << 20), 0
         at = buffer.index("[") + 1
         while True:
@@ -867,9 +891,9 @@ def dataset_rows(source: str, splits: str, streaming: bool):
 def read_rows(source: str, patterns: str, splits: str, streaming: bool = True):
     """(file, number, row) of a file, of a folder, or of a set on the hub. A row of JSON Lines is bytes still, any other an object.
 
-    patterns: a folder's files are those of the first that finds any. splits, on the hub: of "config:a b", both are read; of "a b|c", the
-    first alternative whose splits are all there. Streaming fetches rows from the hub one by one; without it, the set is downloaded once
-    and kept for later runs.
+    patterns: a folder's files are those of the first that finds any; "a*,b*" is one pattern. splits, on the hub: of "config:a b", both
+    are read; of "a b|c", the first alternative whose splits are all there. Streaming fetches rows from the hub one by one; without it,
+    the set is downloaded once and kept for later runs.
     """
     path = Path(source)
     if not path.exists() and path.suffix not in SUFFIXES and re.fullmatch(r"\w[\w.-]*/[\w.-]+", source):
@@ -877,7 +901,8 @@ def read_rows(source: str, patterns: str, splits: str, streaming: bool = True):
         return
     files = [path] if path.is_file() else []
     for pattern in patterns.split():
-        files = files or sorted(file for file in path.rglob(pattern) if file.suffix in SUFFIXES and file.is_file())
+        files = files or sorted(file for part in pattern.split(",") for file in path.rglob(part)
+                                if file.suffix in SUFFIXES and file.is_file())
     if not files:
         raise BadRow(f"{source} holds no {', '.join(SUFFIXES)} file: looked for {patterns.replace(' ', ', then ')}" if path.is_dir() else
                      f"{source} does not exist; want a file, a folder, or a hub id like openbmb/RLAIF-V-Dataset")
@@ -940,20 +965,21 @@ def load_image(source, folder: Path) -> tuple[str, dict, Image.Image]:
     taken that the model will look at, in the order of their names. All are decoded: nothing is stored that cannot be read."""
     frames, suffix = [source], ""
     if video := isinstance(source, str) and len(source) < 1000 and os.path.isdir(folder / source):
-        names = sorted(name for name in os.listdir(folder / source) if not name.startswith("."))
-        n = min(len(names), MAX_FRAMES)
-        frames = [os.path.join(source, names[round(i * (len(names) - 1) / max(n - 1, 1))]) for i in range(n)]
-        if not frames:
-            raise ValueError(f"missing image: the frame folder {source} is empty")
+        try:
+            frames = [os.path.relpath(frame, folder) for frame in frames_of(folder / source)]
+        except ValueError as error:
+            raise ValueError(f"missing image: {error}") from None
     encoded, decoded = [image_bytes(frame, folder) for frame in frames], []
     for data in encoded:
         try:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
             suffix = {"JPEG": ".jpg"}.get(image.format, f".{image.format.lower()}")
             decoded.append(open_image(image))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except Exception as error:  # see open_image
             why = str(error).rpartition("cannot be used: ")[2]
             raise ValueError(f"{'absurd aspect ratio' if 'narrower' in why else 'broken image'}: {why.partition('<')[0]}") from None
+    if len({image.size for image in decoded}) > 1:
+        raise ValueError(f"broken video: the frames of {source} have different sizes")
     name = hashlib.blake2b(b"".join(hashlib.blake2b(data).digest() for data in encoded), digest_size=16).hexdigest()
     name = f"images/{name[:2]}/{name}"  # 256 sub-folders: no folder holds a million files
     files = {f"{name}/{i:02}{suffix}": data for i, data in enumerate(encoded)} if video else {f"{name}{suffix}": encoded[0]}
@@ -1008,12 +1034,13 @@ def read_benchmarks(folders) -> tuple[dict, dict]:
     return by_pair, by_prompt
 
 
-# One row of numbers about each comparison: 80 bytes, all that a conversion keeps of it in memory.
+# One row of numbers about each comparison: 88 bytes, all that a conversion keeps of it in memory.
 FIELDS = ("same",  # hash of prompt, images and responses: equal for duplicates, whichever way they were judged
           "verdict",  # hash of the winners and losers by text: differs between contradictory duplicates
           "prompt",  # hash of prompt and images: what --hold_out keeps together
           "pairs", "responses", "images", "prompt_tokens", "response_tokens",  # of the longest response
-          "longer_wins", "shorter_wins")  # pairs by characters
+          "longer_wins", "shorter_wins",  # pairs by characters
+          "copies")  # how often it is written, MMPR's repeat factor
 
 
 def curate(made: dict, job: "Job", folder: Path, place: str) -> tuple[bytes, list[int], str]:
@@ -1111,7 +1138,9 @@ def convert_rows(items: list) -> list:
             made = SETS[JOB.name][0](row)
             ids = {"id": str(row["id"])} if row.get("id") not in (None, "") else {}
             results.append((*curate(ids | made, JOB, folder, place), copies))
-        except (ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
+        except OSError:  # of writing, a full disk for one: an image that cannot be read is a ValueError
+            raise
+        except Exception as error:
             reason = str(error) if isinstance(error, ValueError) else f"unexpected layout: {type(error).__name__}: {error}"
             results.append((None, re.sub(r"\d+", "N", re.split("[:;]", reason, maxsplit=1)[0]), f"{place}: {reason}"[:300], copies))
     return results
@@ -1143,6 +1172,11 @@ def convert(name: str, cfg: "Config") -> dict:
     workers = cfg.workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     if Path(cfg.source).is_dir() and Path(cfg.out).resolve().is_relative_to(Path(cfg.source).resolve()):
         raise BadRow(f"--out {cfg.out} lies inside --source {cfg.source} and would be read as part of it; choose another folder")
+    if cfg.tokenizer:
+        try:
+            AutoTokenizer.from_pretrained(cfg.tokenizer)
+        except (OSError, ValueError) as error:
+            raise BadRow(f"--tokenizer {cfg.tokenizer} cannot be loaded: {' '.join(str(error).split())[:200]}") from None
     with new_folder(cfg.out) as out:
         job = Job(name, out, cfg.max_tokens, cfg.tokenizer, read_benchmarks(cfg.decontaminate))
         items = itertools.islice(read_source(name, cfg.source), cfg.n or None)
@@ -1156,30 +1190,31 @@ def convert(name: str, cfg: "Config") -> dict:
                     contaminated += copies
                     removed.write(json.dumps({"benchmark": more, "row": json.loads(line)}, ensure_ascii=False) + "\n")
                 else:
-                    for again in range(copies):
-                        numbers.extend([values[0] ^ again, *values[1:]])  # a repeated row is no duplicate of itself
-                        draft.write(line)
+                    numbers.extend([*values, copies])
+                    draft.write(line)
                 if not numbers and not contaminated and rows_in >= 1000:
                     break
-        if dropped and not numbers and not contaminated:
-            reason, count = dropped.most_common(1)[0]
-            raise BadRow(f"{cfg.source}: not one of the first {rows_in} rows is a usable row of {name}; {count} times: {examples[reason]}")
-        if not rows_in:
-            raise BadRow(f"{cfg.source} holds no row")
-        table = torch.tensor([]).long() if not numbers else torch.frombuffer(numbers, dtype=torch.int64)  # shares the memory of `numbers`
-        table = table.view(-1, len(FIELDS))
-        fate = judge(table, cfg.hold_out)
+        if contaminated:
+            dropped["known to a benchmark"] = contaminated
+        if not numbers:
+            reason, count = dropped.most_common(1)[0] if dropped else ("", 0)
+            raise BadRow(f"{cfg.source} holds no row" if not rows_in else f"{cfg.source}: not one of the first {rows_in} rows is a usable "
+                         f"row of {name}; {count} times: {examples.get(reason, reason)}")
+        table = torch.frombuffer(numbers, dtype=torch.int64).view(-1, len(FIELDS))  # shares the memory of `numbers`
+        fate, copies = judge(table, cfg.hold_out), table[:, -1]
         with (open(out / "draft", "rb") as draft, open(out / "comparisons.jsonl", "wb") as kept,
               open(out / "held_out.jsonl", "wb") as held_out):
-            for line, f in zip(draft, fate.tolist()):
+            for line, f, n in zip(draft, fate.tolist(), copies.tolist(), strict=True):
                 if f < 2:
-                    (kept, held_out)[f].write(line)
+                    (kept, held_out)[f].write(line * n)
         for file, asked in (("draft", False), ("held_out.jsonl", cfg.hold_out), ("contaminated.jsonl", cfg.decontaminate)):
             if not asked:
                 (out / file).unlink()
-        dropped += Counter({"duplicate of an earlier row": int((fate == 2).sum()), "contradicted by another row": int((fate == 3).sum()),
-                            "known to a benchmark": contaminated})
-        report = {"set": name, "source": cfg.source, "rows_in": rows_in, **summary(table[fate == 0]), "held_out": int((fate == 1).sum()),
+        dropped += Counter({"duplicate of an earlier row": int(copies[fate == 2].sum()),
+                            "contradicted by another row": int(copies[fate == 3].sum())})
+        kept = table[fate == 0]
+        report = {"set": name, "source": cfg.source, "rows_in": rows_in, **summary(kept.repeat_interleave(kept[:, -1], dim=0)),
+                  "held_out": int(copies[fate == 1].sum()),
                   "dropped": dict(dropped.most_common()), "first_dropped": examples,
                   "tokens_are": f"counted with {cfg.tokenizer}" if cfg.tokenizer else "estimated: 4 bytes of UTF-8 are one"}
         if not report["comparisons"]:

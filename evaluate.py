@@ -69,16 +69,18 @@ CHUNK = 64  # comparisons that are encoded together, go to one rank, and are kep
 
 @torch.no_grad()
 def score_all(model: RewardModel, comparisons, world: World, pack_tokens: int = 16384, bar: str = "", on_bad_row: str = "stop",
-              journal: Path | None = None) -> list:
+              journal: Path | None = None, where=()) -> list:
     """Rewards of every response of every comparison, in their order and on every rank: one list of K floats for each.
 
     The work is cut into chunks, and a chunk's packs depend on nothing else: in bf16 the last digits of a reward feel the pack it is in,
     and this way neither the number of ranks nor an interruption changes them. A comparison that cannot be encoded stops the run
-    (BadRow), or with on_bad_row "skip" gets None. One longer than `pack_tokens` is a pack of its own. The chunks that are done are
-    kept in `journal` (one file a rank), and a later call starts from them.
+    (BadRow, with its place in `where`), or with on_bad_row "skip" gets None. One longer than `pack_tokens` is a pack of its own. The
+    chunks that are done are kept in `journal` (one file a rank), and a later call starts from them.
     """
     chunks = [range(at, min(at + CHUNK, len(comparisons))) for at in range(0, len(comparisons), CHUNK)]
-    done = {}
+    done, bad_row_seen = {}, journal.with_name(f"{journal.name}-bad") if journal else None
+    if journal and world.rank == 0:
+        bad_row_seen.unlink(missing_ok=True)
     for file in journal.parent.glob(f"{journal.name}.*") if journal else ():
         for line in file.read_text().splitlines():
             try:
@@ -88,22 +90,25 @@ def score_all(model: RewardModel, comparisons, world: World, pack_tokens: int = 
                 pass
     done = world.gather_objects(done)[0]  # one rank's view, so that all share out the same rest
     mine, rewards, problem = [c for c in range(len(chunks)) if c not in done][world.rank::world.world_size], {}, ""
-    name_row = getattr(comparisons, "bad_row", lambda i, what: BadRow(f"comparison {i + 1}: {what}"))
 
     def encode_row(i):
         try:
             return encode(comparisons[i], model.tokenizer, model.image_processor)
-        except ValueError as error:
-            return error if isinstance(error, BadRow) else name_row(i, error)
+        except Exception as error:  # whatever it is, it is this row's
+            return BadRow(f"{where[i] if where else f'comparison {i + 1}'}: {error}")
 
     with ThreadPoolExecutor() as threads, tqdm(total=sum(len(chunks[c]) for c in mine), desc=bar, disable=not bar or world.rank > 0,
                                                leave=False) as progress:
         ahead = [threads.map(encode_row, chunks[c]) for c in mine[:1]]  # the next chunk is encoded while this one is scored
         for number, c in enumerate(mine):
+            if journal and bad_row_seen.exists():  # by another rank, which waits
+                break
             encoded = list(ahead.pop())
             ahead += [threads.map(encode_row, chunks[after]) for after in mine[number + 1:number + 2]]
             if on_bad_row == "stop" and (bad := [e for e in encoded if isinstance(e, BadRow)]):
                 problem = str(bad[0])
+                if journal:
+                    bad_row_seen.touch()
                 break
             rewards[c], good = [None] * len(encoded), [i for i, e in enumerate(encoded) if not isinstance(e, BadRow)]
             for members in fill_packs([encoded[i].tokens for i in good], pack_tokens):
@@ -138,7 +143,8 @@ def accuracy(comparisons, rewards, by_category: bool = False):
 def shuffle_images(comparisons, seed: int = 0) -> list:
     """The comparisons that have images, with the images of another: on them a model that looks falls to chance.
 
-    Images move only between prompts with the same number of images, and no prompt keeps its own as long as there are two of a kind.
+    Images move only between prompts with the same number of images, and no prompt gets its own back, or the same picture from another
+    prompt, as long as half of them have another.
     """
     visual = [c for c in comparisons if c.images]
     groups = {}
@@ -146,10 +152,19 @@ def shuffle_images(comparisons, seed: int = 0) -> list:
         groups.setdefault(len(c.images), []).append(i)
     out = list(visual)
     for members in groups.values():
-        order = random.Random(seed).sample(members, len(members))
-        for here, there in zip(order, order[1:] + order[:1]):  # one cycle through all: nobody meets himself
+        by_picture = {}
+        for i in random.Random(seed).sample(members, len(members)):
+            by_picture.setdefault(pictures_of(visual[i]), []).append(i)
+        order = [i for same in by_picture.values() for i in same]
+        step = max(map(len, by_picture.values()))  # equal pictures lie side by side, so that a step as long as the longest run leaves it
+        for here, there in zip(order, order[step:] + order[:step]):
             out[here] = replace(visual[here], images=visual[there].images)
     return out
+
+
+def pictures_of(comparison: Comparison) -> tuple:
+    """What tells one prompt's images from another's: files by name, bytes by content, decoded pictures by identity."""
+    return tuple(image if isinstance(image, (str, bytes)) else id(image) for image in comparison.images)
 
 
 def remove_images(comparison: Comparison) -> Comparison:
@@ -168,15 +183,19 @@ def row_of(prompt, responses, pairs, id, category, image=None, folder: Path | No
     if not all(isinstance(text, str) for text in responses):
         raise ValueError("a response is not a text")
     image = (image.get("bytes") or image.get("path")) if isinstance(image, dict) else image
+    if folder and not image:
+        raise ValueError("the image is empty")
     if isinstance(image, bytes):
-        images = [io.BytesIO(image)]  # opened anew for each use, so that no decoded picture stays in memory
+        images = [image]  # decoded for each use, so that no decoded picture stays in memory
     else:
         places = [inside(place, image) for place in (folder, folder / "images", folder.parent, folder.parent / "images")] if image else []
         images = [place for place in places if os.path.exists(place)][:1]
         if image and not images:
             raise ValueError(f"{image} is neither in {folder} nor in its images/; fetch the benchmark's images to there")
-    if isinstance(prompt, str) and len(MARK.findall(prompt)) != len(images):
-        prompt = MARK.sub("", prompt)  # a mark that stands for no image is only text
+    if isinstance(prompt, str) and len(MARK.findall(prompt)) != len(images):  # a mark that stands for no image is only text
+        prompt = MARK.sub("", prompt)
+    elif isinstance(prompt, list):
+        prompt = [turn | {"content": MARK.sub("", turn["content"])} if isinstance(turn["content"], str) else turn for turn in prompt]
     return Comparison(prompt, list(responses), pairs, images, id=str(id), category=category)
 
 
@@ -264,7 +283,7 @@ BENCHMARKS = {  # name: (row -> comparison, files of a local folder and splits o
                                "the data/ folder of facebookresearch/multimodal_rewardbench"),
     "mm-rlhf-rewardbench": (mm_rlhf_row, "mm_reward_bench.jsonl train-*.parquet *", "train|test",
                             "a copy of yifanzhang114/MM-RLHF-RewardBench"),
-    "rewardbench": (rewardbench_row, "filtered.json filtered-*.parquet *",
+    "rewardbench": (rewardbench_row, "filtered.json filtered-*.parquet anthropic_h[eh]*,shp*,summarize* *",
                     "filtered|anthropic_helpful anthropic_hhh shp summarize", "allenai/reward-bench"),
     "rm-bench": (rm_bench_row, "total_dataset.json train-*.parquet *", "train|test", "the data/ folder of THU-KEG/RM-Bench")}
 
@@ -321,7 +340,7 @@ def share_prompts(rows) -> tuple[list, list, list]:
         if not isinstance(row, Comparison):
             places.append(None)
             continue
-        key = (json.dumps(row.prompt), *(image if isinstance(image, str) else id(image) for image in row.images))
+        key = (json.dumps(row.prompt), pictures_of(row))
         at = known.get(key)
         if at is None or len({*prompts[at].responses, *row.responses}) > max(SHARED, len(row.responses)):
             at = known[key] = len(prompts)
@@ -546,7 +565,7 @@ def weigh(rule: str, members: list[int], held: list[dict], validation: list) -> 
     if len(members) < 2 or rule == "average":
         rule, margins = "average", [[0.0]] * len(members)
     elif not margins[0]:
-        raise BadRow("--validation holds no pair that all members can read: add rows without images, to weigh the text-only model by")
+        raise BadRow("--validation holds no pair that all members can read and score")
     return dict(zip(members, ensemble_weights(torch.tensor(margins), rule).tolist())) if members else {}
 
 
@@ -559,32 +578,26 @@ def ranks(k: int, pairs) -> list[int]:
     return out
 
 
-class Work(list):
-    """Comparisons to be scored, which know where they stand in the user's files."""
+def fingerprint(directory: str, comparisons: list, *settings) -> str:
+    """The journal of an interrupted run is good only for the same weights, rows, images, code and settings, so they are its name."""
+    def stamp(file):
+        return f"{file} {os.stat(file).st_size} {os.stat(file).st_mtime_ns}" if os.path.exists(file) else f"{file} is not there"
 
-    def __init__(self, items):
-        super().__init__(comparison for _, comparison, _ in items)
-        self.where = [where for where, _, _ in items]
-
-    def bad_row(self, i, what) -> BadRow:
-        return BadRow(f"{self.where[i]}: {what}")
-
-
-def fingerprint(directory: str, work: Work, *settings) -> str:
-    """The journal of an interrupted run is good only for the same weights, rows and settings, so they are its name."""
-    digest = hashlib.sha256(repr(settings).encode())
-    for file in sorted(Path(directory).glob("*.*")):
-        if file.is_file():
-            digest.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}\n".encode())
-    for c in work:
-        digest.update(json.dumps([c.prompt, c.responses, [image if isinstance(image, str) else "" for image in c.images]]).encode())
+    code = [Path(__file__).with_name(name) for name in ("model.py", "data.py", "evaluate.py")]
+    digest = hashlib.sha256(repr((settings, torch.__version__, transformers.__version__)).encode())
+    for file in (*code, *sorted(file for file in Path(directory).glob("*.*") if file.is_file())):
+        digest.update(stamp(file).encode())
+    for c in comparisons:
+        digest.update(json.dumps([c.prompt, c.responses]).encode())
+        for image in c.images:
+            digest.update(image if isinstance(image, bytes) else stamp(image).encode() if isinstance(image, (str, Path)) else b"drawn")
     return digest.hexdigest()[:16]
 
 
 def score(cfg: "Config", world: World, out: Path) -> tuple[list[dict], list, dict]:
     """(prediction rows, the benchmark's rows, the members' weights on prompts without and with images)."""
     rows = read_benchmark(cfg.benchmark, cfg.data, cfg.on_bad_row)
-    prompts, wheres, places = share_prompts(rows)
+    prompts, wheres, shared = share_prompts(rows)
     sees = [can_see(directory) for directory in cfg.model]
     if cfg.route and all(sees):
         raise BadRow("--route sends prompts without images to a text-only model, and every --model can see; add a text-only one")
@@ -598,9 +611,13 @@ def score(cfg: "Config", world: World, out: Path) -> tuple[list[dict], list, dic
         if not cfg.validation:
             raise BadRow(f"--ensemble {cfg.ensemble} weighs the members by how they do on held-out pairs: give --validation FOLDER")
         validation = read_benchmark("comparisons", [cfg.validation], "stop")
+    on = {has_images: participants(sees, has_images, cfg.route) for has_images in sorted({bool(c.images) for c in prompts})}
+    for members in on.values():
+        readable = [c for _, c in validation if {*members} <= {*participants(sees, bool(c.images), False)}]
+        if len(members) > 1 and cfg.ensemble != "average" and not any(c.pairs for c in readable):
+            raise BadRow("--validation holds no pair that all members can read: add rows without images, to weigh the text-only model by")
 
     # everything a member may have to score, as (where it stands, comparison, members that score it)
-    on = {has_images: participants(sees, has_images, cfg.route) for has_images in (False, True)}
     work = {("rewards", i): (wheres[i], c, on[bool(c.images)]) for i, c in enumerate(prompts)}
     if cfg.probe:
         work |= {("removed", i): (wheres[i], remove_images(prompts[i]), on[True]) for i in visual}
@@ -610,16 +627,19 @@ def score(cfg: "Config", world: World, out: Path) -> tuple[list[dict], list, dic
     (out / ".partial").mkdir(parents=True, exist_ok=True)
     for m, directory in enumerate(cfg.model):  # one after another, so that only one is in memory
         keys = [key for key, (_, _, members) in work.items() if m in members]
-        part, model = Work([work[key] for key in keys]), RewardModel.from_pretrained(directory).to(world.device)
-        journal = out / ".partial" / fingerprint(directory, part, pack_tokens, cfg.on_bad_row)
-        for key, values in zip(keys, score_all(model, part, world, pack_tokens, Path(directory).name, cfg.on_bad_row, journal)):
+        places, part = [work[key][0] for key in keys], [work[key][1] for key in keys]
+        model = RewardModel.from_pretrained(directory).to(world.device)
+        journal = out / ".partial" / fingerprint(directory, part, pack_tokens, cfg.on_bad_row, CHUNK, world.device.type)
+        for key, values in zip(keys, score_all(model, part, world, pack_tokens, Path(directory).name, cfg.on_bad_row, journal, places)):
+            if values and not all(map(math.isfinite, values)):
+                raise BadRow(f"{work[key][0]}: {directory} gives the rewards {values}; a model that broke in training?")
             scored[key][m] = values
         del model
     held = [scored["held", i] for i in range(len(validation))]
     weights = {has_images: weigh(cfg.ensemble, members, held, [c for _, c in validation]) for has_images, members in on.items()}
 
     predictions = []
-    for number, ((where, c), place) in enumerate(zip(rows, places), start=1):
+    for number, ((where, c), place) in enumerate(zip(rows, shared), start=1):
         if place is None or not scored["rewards", place[0]] or None in scored["rewards", place[0]].values():
             problem = c if place is None else f"{where}: no member can read the prompt, or its image cannot be used"
             predictions.append({"row": number, "error": str(problem)})
@@ -628,13 +648,14 @@ def score(cfg: "Config", world: World, out: Path) -> tuple[list[dict], list, dic
         row = {"row": number, "id": c.id, "category": c.category, "prompt": prompt, "images": len(c.images),
                "pairs": [list(pair) for pair in c.pairs], "rank": ranks(len(c.responses), c.pairs), "length": [len(r) for r in c.responses]}
         for name in ("rewards", "removed", "shuffled"):
-            if members := scored.get((name, at)):
+            members = scored.get((name, at), {})
+            if members and None not in members.values():  # a shuffled picture may be another row's broken one
                 row[name] = [sum(weights[bool(c.images)][m] * values[i] for m, values in members.items()) for i in mine]
         if len(cfg.model) > 1:
             row["members"] = {cfg.model[m]: [values[i] for i in mine] for m, values in scored["rewards", at].items()}
         predictions.append(row)
     named = {has_images: {cfg.model[m]: w for m, w in of.items()} for has_images, of in weights.items()}
-    return predictions, rows, {"without images": named[False], "with images": named[True]}
+    return predictions, rows, {"without images": named.get(False, {}), "with images": named.get(True, {})}
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -642,11 +663,15 @@ def score(cfg: "Config", world: World, out: Path) -> tuple[list[dict], list, dic
 
 
 def receipt(cfg: "Config", world: World, seconds: float) -> dict:
-    described = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    try:
+        git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True)
+        commit = git.stdout.strip()
+    except OSError:  # no git on this machine
+        commit = ""
     gpu = world.device.type == "cuda"
     start = f"torchrun --nproc_per_node {world.world_size}" if world.world_size > 1 else "python"
     return {"benchmark": cfg.benchmark, "model": cfg.model, "ensemble": cfg.ensemble,
-            "command": f"{start} evaluate.py {shlex.join(sys.argv[1:])}", "commit": described.stdout.strip() or "unknown",
+            "command": f"{start} evaluate.py {shlex.join(sys.argv[1:])}", "commit": commit or "unknown",
             "date": time.strftime("%Y-%m-%d"), "ranks": world.world_size, "seconds": round(seconds, 1),
             "hardware": f"{world.world_size} x {torch.cuda.get_device_name()}" if gpu else f"{os.cpu_count()} CPU cores",
             "torch": torch.__version__, "transformers": transformers.__version__}
@@ -731,8 +756,8 @@ document.querySelectorAll("nav button").forEach(b => b.onclick = () => { locatio
 
 def thumbnails(source) -> str:
     """The picture itself inside <img>, as a JPEG of at most 448 pixels; of a video four frames."""
-    frames, out = open_frames(source) if is_video(source) else [open_image(source)], []
-    for image in [frames[round(i * (len(frames) - 1) / 3)] for i in range(4)] if len(frames) > 4 else frames:
+    out = []
+    for image in open_frames(source, 4) if is_video(source) else [open_image(source)]:
         image.thumbnail((448, 448))
         file = io.BytesIO()
         image.save(file, "JPEG", quality=82)
@@ -861,12 +886,16 @@ def main(cfg: Config) -> None:
         facts, predictions = read_predictions(Path(cfg.rescore))
         out = Path(cfg.out or Path(cfg.rescore).parent)
         rows = read_benchmark(facts["benchmark"], cfg.data, cfg.on_bad_row) if cfg.data else []
-        if rows and len(rows) != len(predictions):
-            raise BadRow(f"--data holds {len(rows)} rows, {cfg.rescore} has {len(predictions)}: not the same benchmark")
+        if rows and (len(rows) != len(predictions) or any("id" in p and isinstance(c, Comparison) and p["id"] != c.id
+                                                          for p, (_, c) in zip(predictions, rows))):
+            raise BadRow(f"--data holds {len(rows)} rows, {cfg.rescore} {len(predictions)}, or others: not the same benchmark")
     else:
         out = Path(cfg.out or Path(cfg.model[0]) / "evaluation" / (cfg.benchmark + "-ensemble" * (len(cfg.model) > 1)))
         predictions, rows, weights = score(cfg, world, out)
         facts = receipt(cfg, world, time.time() - started) | {"weights": weights}
+        if world.rank == 0:  # first of all, so that nothing below can lose them
+            write_text(out / "predictions.jsonl", "\n".join(json.dumps(row) for row in [facts, *predictions]) + "\n")
+            shutil.rmtree(out / ".partial", ignore_errors=True)
     world.close()
     if all("error" in row for row in predictions):
         raise BadRow(f"not one of {len(predictions)} rows could be scored; the first: {predictions[0]['error']}")
@@ -881,21 +910,20 @@ def main(cfg: Config) -> None:
 
     # 3  files
     files = {"summary.json": json.dumps(facts | summary, indent=1), "table.md": text}
-    if not cfg.rescore:
-        files["predictions.jsonl"] = "\n".join(json.dumps(row) for row in [facts, *predictions])
     if rows:
         files["report.html"] = report(summary, facts, predictions, rows, cfg.worst, name)
     out.mkdir(parents=True, exist_ok=True)
     for file, content in files.items():
         write_text(out / file, content + "\n")
-    shutil.rmtree(out / ".partial", ignore_errors=True)
-    print(f"{text}\n\nwrote {', '.join(sorted(files))} into {out}")
+    print(f"{text}\n\nwrote {', '.join(sorted([*files, *['predictions.jsonl'] * (not cfg.rescore)]))} into {out}")
+    if not rows and (out / "report.html").exists():
+        print("report.html there is an earlier one: --rescore makes it anew with --data")
 
 
 if __name__ == "__main__":
     try:
         main(HfArgumentParser(Config, prog="evaluate.py").parse_args_into_dataclasses()[0])
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"evaluate.py: {error}")
     except KeyboardInterrupt:
         sys.exit("evaluate.py: stopped; the same command goes on from here")

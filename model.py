@@ -26,6 +26,7 @@ Where this differs from the paper. It names neither the token at which the rewar
 response's last token, `<|im_end|>`, and use the width of the backbone. Sharing the prompt between responses changes speed, not rewards.
 """
 import contextlib
+import io
 import json
 import math
 import os
@@ -38,6 +39,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AttentionInterface, AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerFast
@@ -59,7 +61,7 @@ class Comparison:
     prompt: str | list  # text with `<image>` marks, or chat messages whose content is such a text or a list of typed parts
     responses: list[str]  # K of them
     pairs: list[tuple[int, int]] = ()  # (winner, loser) indices into `responses`; an ordinary preference pair is [(0, 1)]
-    images: list = ()  # one entry per mark: an image file, a PIL image, or a video: a folder of frames or a list of PIL images
+    images: list = ()  # one per mark: an image file, its bytes, a PIL image; or a video: a folder of frames or a list of PIL images
     id: str = ""
     source: str = ""  # the data set it comes from
     category: str = ""  # what accuracy is reported by
@@ -78,9 +80,10 @@ FRAME_SHARE = 8  # a frame of a video gets 1/8 of the pixels of an image; with t
 
 
 def open_image(source) -> Image.Image:
-    """The RGB image in a file or already in memory, upright, fully decoded. ValueError, one line, if it cannot be trusted."""
+    """The RGB image in a file, in a file's bytes, or decoded already; upright. ValueError, one line, if it cannot be trusted."""
     try:
-        image = source if isinstance(source, Image.Image) else Image.open(source, formats=FORMATS)
+        file = io.BytesIO(source) if isinstance(source, bytes) else source
+        image = file if isinstance(file, Image.Image) else Image.open(file, formats=FORMATS)
         width, height = image.size  # known from the header: nothing is decoded yet
         if width * height > MAX_IMAGE_PIXELS:
             raise ValueError(f"{width} x {height} pixels is more than {MAX_IMAGE_PIXELS}: a decompression bomb? Shrink the image")
@@ -89,17 +92,22 @@ def open_image(source) -> Image.Image:
         return ImageOps.exif_transpose(image).convert("RGB")
     except FileNotFoundError:
         raise ValueError(f"image {source} does not exist; fetch it or remove the row") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError, ValueError) as error:  # SyntaxError: Pillow's word for a broken PNG
-        raise ValueError(f"image {source} cannot be used: {error}") from None
+    except Exception as error:  # a broken file: Pillow has a dozen kinds, SyntaxError, EOFError and struct.error among them
+        name = f"of {len(source)} bytes" if isinstance(source, bytes) else source
+        raise ValueError(f"image {name} cannot be used: {error}") from None
 
 
-def open_frames(source) -> list[Image.Image]:
-    """At most MAX_FRAMES frames of a video, evenly spaced, first and last kept. A folder's files are taken in the order of their names."""
+def frames_of(source, most: int = MAX_FRAMES) -> list:
+    """At most so many frames of a video, evenly spaced, first and last kept. A folder's files are taken in the order of their names."""
     frames = source if isinstance(source, (list, tuple)) else sorted(p for p in Path(source).iterdir() if not p.name.startswith("."))
     if not frames:
         raise ValueError(f"video {source} holds no frame")
-    n = min(len(frames), MAX_FRAMES)
-    return [open_image(frames[round(i * (len(frames) - 1) / max(n - 1, 1))]) for i in range(n)]
+    n = min(len(frames), most)
+    return [frames[round(i * (len(frames) - 1) / max(n - 1, 1))] for i in range(n)]
+
+
+def open_frames(source, most: int = MAX_FRAMES) -> list[Image.Image]:
+    return [open_image(frame) for frame in frames_of(source, most)]
 
 
 def is_video(source) -> bool:
@@ -390,7 +398,7 @@ def hidden_states(backbone, pack: Pack) -> torch.Tensor:
     decoder = getattr(backbone, "language_model", backbone)
     embeds = decoder.get_input_embeddings()(pack.input_ids)  # (T, D)
     if torch.is_autocast_enabled(embeds.device.type):
-        embeds = embeds.float()  # what flows between the layers is fp32 then, also where the weights are bf16: all models compute alike
+        embeds = embeds.float()  # what flows between the layers is fp32, also where the weights are bf16: all models compute alike
     mask = {"full_attention": branch_blocks(pack)}
     if not hasattr(backbone, "visual"):  # a text decoder knows one kind of position
         positions = mrope_positions(pack, -1, -1)[:1]  # (1, T)
@@ -453,7 +461,7 @@ class RewardModel(nn.Module):
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             hidden = hidden_states(self.backbone, pack)  # (T, D)
         with torch.autocast(self.device.type, enabled=False):  # differences of rewards are small: the head and the loss stay in fp32
-            return self.head(hidden[pack.last_token].to(self.head[-1].weight.dtype))[:, 0]
+            return self.head(hidden[pack.last_token].to(self.head[-1].weight.dtype))[:, 0].clone()  # FSDP warns of views
 
     @torch.no_grad()
     def score(self, prompt, responses, images=()) -> list[float]:
@@ -516,6 +524,8 @@ class RewardModel(nn.Module):
             (directory / "reward_config.json").unlink(missing_ok=True)
             for file in sorted(temporary.iterdir(), key=lambda file: file.name == "reward_config.json"):
                 os.replace(file, directory / file.name)
+        except SafetensorError as error:  # its word for a full disk
+            raise OSError(error) from None
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 

@@ -850,7 +850,7 @@ def grpo(kind: str, start, reference: Policy, reward_models, rows, train: list[i
                             f"equal {row['equal_groups']:.2f} norm {row['grad_norm']:.2f}"
                             + ("" if row["accuracy"] is None else f" accuracy {row['accuracy']:.3f}"))
         bar.update()
-        if cfg.save_every and (step + 1) % cfg.save_every == 0 and step + 1 < steps:
+        if cfg.save_every and ((step + 1) % cfg.save_every == 0 or step + 1 == steps):
             save_checkpoint(folder / "checkpoint.pt", policy, optimizer, world, state | {"seconds": state["seconds"] + time.time() - begun})
     bar.close()
     state["seconds"] += time.time() - begun
@@ -939,7 +939,6 @@ if __name__ == "__main__":
         status = main(config, world)
         world.close()
     except (ValueError, OSError) as error:
-        if world is None or world.rank == 0:
-            print(f"rl_demo.py: {error}", file=sys.stderr)
+        print(f"rl_demo.py{f', rank {world.rank}' if world and world.rank else ''}: {error}", file=sys.stderr)
         status = 1
     sys.exit(status)

@@ -10,7 +10,8 @@
 
     reward model      config.json, model*.safetensors, head.safetensors, reward_config.json, tokenizer ...: RewardModel.from_pretrained(out)
     metrics.jsonl     one line a step; curve.svg is its picture
-    summary.json      accuracy on held-out comparisons, by category, and with the images shuffled: a model that looks falls to one half
+    summary.json      accuracy on held-out comparisons, by category, and with the images shuffled: a model that looks falls, on drawn
+                      pictures to one half, on yours to what the texts alone tell
     checkpoint.pt     weights, optimiser and step of an unfinished run
 
 One step, whatever the number of ranks: its pairs are fixed by (seed, step) alone; the loss is the sum over all of them on all ranks
@@ -18,9 +19,11 @@ divided by their number, however they fall into packs, micro-steps and ranks.
 
 Where this differs from the paper, or where the paper is silent. Optimiser, schedule, epochs, weight decay, maximum length, resolution and
 whether the vision tower is trained are not given there. We take AdamW (0.9, 0.95), 5% warm-up then cosine to zero, one epoch, no decay,
-16,384 tokens a comparison, Qwen's own 1280 tokens an image, and train everything. Rate and batch (3e-6, 128 pairs) are the paper's.
+16,384 tokens a comparison, 1280 tokens an image as transformers has it, and train everything. Rate and batch (3e-6, 128 pairs) are
+the paper's.
 """
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -31,8 +34,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_model_state_dict,
                                                      set_optimizer_state_dict)
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from transformers import HfArgumentParser
@@ -71,7 +76,7 @@ class Config:
     freeze_vision: bool = HfArg(default=False, help="do not train the vision tower and its merger (paper: not given)")
     gradient_checkpointing: bool = HfArg(default=False, help="recompute activations in the backward pass: less memory, a third more time")
     shard: bool = HfArg(default=False, help="split weights, gradients and optimiser over the ranks (FSDP2); the 7B needs it on 80 GB GPUs")
-    max_pixels: int | None = HfArg(default=None, help="most pixels of an image, 28 x 28 for a token; 1003520 (Qwen's own), 12544 for tiny")
+    max_pixels: int | None = HfArg(default=None, help="most pixels of an image, 28 x 28 a token; 1003520 (transformers'), 12544 for tiny")
     pack_tokens: int | None = HfArg(default=None, help="tokens in a pack; a longer comparison is dropped, never cut; 16384, 1024 for tiny")
     on_bad_row: str = HfArg(default="stop", help="stop at a row that cannot be used, or skip it and count it")
     eval_every: int = HfArg(default=200, help="steps between accuracies on 100 held-out comparisons; 0: only at the end")
@@ -180,7 +185,7 @@ def load_checkpoint(file: Path, model, optimizer, cfg: Config) -> dict:
 
 
 def learning_rate(step: int, steps: int, cfg: Config) -> float:
-    """Rises in a straight line over the warm-up, then falls as half a cosine to zero at the last step.
+    """Rises in a straight line over the warm-up, then falls as half a cosine towards zero, which the step after the last would have.
 
     >>> [round(learning_rate(s, 10, Config(lr=1.0, warmup=0.2)), 2) for s in (0, 1, 2, 6, 9)]
     [0.5, 1.0, 1.0, 0.5, 0.04]
@@ -217,16 +222,15 @@ def take_step(model, packs: list, filler, cfg: Config, world: World, micro_steps
     """Forward and backward over this rank's packs. Returns the sums of [loss of equation (1), right pairs, margins] over its pairs.
 
     All ranks make the same number of micro-steps: one that has fewer packs runs `filler` at weight 0, since a sharded model needs
-    every rank in every forward. Gradients are exchanged at the last micro-step only. DDP and FSDP average them over the ranks, while
-    each rank's loss is already divided by the pairs of all ranks: hence the factor world_size.
+    every rank in every forward. DDP exchanges gradients at the last micro-step only; FSDP at each, or every rank would keep whole ones,
+    31 GB for the 7B. Both average over the ranks, while each rank's loss is already divided by the pairs of all: hence the factor
+    world_size.
     """
     sums = torch.zeros(3, dtype=torch.float64)
     for micro in range(micro_steps):
         batch, weight = (packs[micro], 1.0) if micro < len(packs) else (filler, 0.0)
         batch = batch.to(world.device)
         last = micro == micro_steps - 1
-        if cfg.shard and world.world_size > 1:
-            model.set_requires_gradient_sync(last)
         wait = model.no_sync() if isinstance(model, DistributedDataParallel) and not last else contextlib.nullcontext()
         with wait:  # the forward goes through the wrapper, inside the same context as its backward
             rewards = model(batch)
@@ -242,13 +246,18 @@ def take_step(model, packs: list, filler, cfg: Config, world: World, micro_steps
 def shard_model(model: RewardModel, world: World) -> None:
     """FSDP2: every rank keeps 1/world_size of each layer's weights, gradients and moments and gathers a layer when it is needed."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if world.device.type == "cuda" else None, reduce_dtype=torch.float32)
+    for p in model.head.parameters():  # drawn by each rank for itself; the backbone was read by all from the same file
+        dist.broadcast(p.data, 0)
+    mesh = init_device_mesh(world.device.type, (world.world_size,))
+    # Inputs are left as they are: autocast casts where a product is computed, and what flows between the layers stays fp32, as unsharded
+    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if world.device.type == "cuda" else None, reduce_dtype=torch.float32,
+                                cast_forward_inputs=False)
     backbone = model.backbone
     decoder = getattr(backbone, "language_model", backbone)
     for layer in [*decoder.layers, *(backbone.visual.blocks if hasattr(backbone, "visual") else ())]:
-        fully_shard(layer, mp_policy=half)
-    fully_shard(model.head)  # fp32, as everywhere
-    fully_shard(model, mp_policy=half)
+        fully_shard(layer, mesh=mesh, mp_policy=half)
+    fully_shard(model.head, mesh=mesh)  # fp32, as everywhere
+    fully_shard(model, mesh=mesh, mp_policy=half)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -278,7 +287,7 @@ def main(cfg: Config, world: World) -> int:
     if path == "tiny":
         path = out / "tiny_backbone"
         if first:
-            sample = [f"{c.prompt} {' '.join(c.responses)}" for s in sets for c in (s[i] for i in range(min(len(s), 2000)))]
+            sample = [f"{c.prompt} {' '.join(c.responses)}" for s in sets for c in itertools.islice(usable(s, cfg.on_bad_row), 2000)]
             tiny_backbone(path, sample, cfg.seed)
         world.barrier()
     raw_model = RewardModel.from_backbone(path, cfg.head_layers, cfg.head_activation, cfg.max_pixels).to(world.device).train()
@@ -299,11 +308,14 @@ def main(cfg: Config, world: World) -> int:
     optimizer = torch.optim.AdamW(trained, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=world.device.type == "cuda")
     state = {"step": 0, "pairs_seen": 0, "seconds": 0.0, "dropped": {}, "bad_gradients": 0, "bad_in_a_row": 0, "recent_loss": []}
     if cfg.resume and (out / "checkpoint.pt").exists():
-        state |= load_checkpoint(out / "checkpoint.pt", model, optimizer, cfg)
+        state |= load_checkpoint(out / "checkpoint.pt", model, optimizer, cfg) | {"bad_in_a_row": 0}
+        if state.get("rows") != (rows := [len(s) for s in sets]):
+            raise ValueError(f"{out}/checkpoint.pt was trained on {state.get('rows')} rows, now there are {rows}: the order of the data "
+                             f"would be another. Give the same --data and --eval_data, or another --out")
         say(f"going on from step {state['step']}")
     elif cfg.resume:
         say(f"{out} holds no checkpoint yet: starting from the beginning")
-    state["config"] = asdict(cfg)
+    state |= {"config": asdict(cfg), "rows": [len(s) for s in sets]}
     metrics = keep_metrics(out / "metrics.jsonl", state["step"]) if first else None
     say(f"{json.dumps(asdict(cfg))}\n{parameters:,} parameters · {sum(map(len, sets)):,} comparisons to train on, {len(held)} held out · "
         f"{steps} steps of about {cfg.batch_size} pairs over {world.world_size} rank{'s' * (world.world_size > 1)} · lr {cfg.lr:g} · "
@@ -354,11 +366,12 @@ def main(cfg: Config, world: World) -> int:
             sums = world.gather([*sums, batch["tokens"]]).sum(dim=0).tolist()
             n, seconds = max(pairs_in_step, 1), time.time() - started
             row = {"step": step + 1, "loss": sums[0] / n, "accuracy": sums[1] / n, "margin": sums[2] / n, "grad_norm": norm,
-                   "lr": lr, "pairs": pairs_in_step, "tokens": int(sums[3]), "seconds": round(seconds, 3)}
-            if pairs_in_step:
+                   "lr": lr, "pairs": pairs_in_step, "tokens": int(sums[3]), "seconds": round(seconds, 3),
+                   "dropped": sum(state["dropped"].values())}
+            if pairs_in_step and math.isfinite(row["loss"]):
                 state["recent_loss"] = (state["recent_loss"] + [row["loss"]])[-50:]
             if held and cfg.eval_every and (step + 1) % cfg.eval_every == 0 and step + 1 < steps:
-                some = held[:100]
+                some = [held[i] for i in spread(100, len(held))]
                 try:
                     rewards = score_all(raw_model.eval(), some, judges, cfg.pack_tokens, on_bad_row=cfg.on_bad_row)
                 except BadRow as error:  # known to all ranks alike; the steps so far are not lost
@@ -374,11 +387,11 @@ def main(cfg: Config, world: World) -> int:
                                     f"norm {norm:.1f} lr {lr:.1e} {n / seconds:.0f} pairs/s {row['tokens'] / seconds:.0f} tok/s "
                                     f"{memory(world):.1f} GB", refresh=False)
                 bar.update()
-            if state["bad_in_a_row"] == 10:
+            if state["bad_in_a_row"] >= 10:
                 reason, code = ("ten steps in a row had a gradient that is not finite; look at metrics.jsonl for where the loss rose, "
-                                "then lower --lr or raise --warmup"), 1
+                                "then start anew with a lower --lr or a longer --warmup"), 1
                 break
-            if cfg.save_every and (step + 1) % cfg.save_every == 0 and step + 1 < steps:
+            if cfg.save_every and ((step + 1) % cfg.save_every == 0 or step + 1 == steps):
                 save_checkpoint(out, model, optimizer, world, state | {"seconds": state["seconds"] + time.time() - begun})
         if reason:
             bar.close()
@@ -395,9 +408,16 @@ def main(cfg: Config, world: World) -> int:
     # 6  Final report
     state["seconds"] += time.time() - begun
     full = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if not state["pairs_seen"]:
+        raise ValueError(f"not one pair could be used, all were dropped: {state['dropped']}")
+    failure = ""
     if first:
-        raw_model.save_pretrained(out, full)
-    world.barrier()
+        try:
+            raw_model.save_pretrained(out, full)
+        except OSError as error:
+            failure = f"cannot save the reward model: {error}; the last checkpoint is intact, --resume goes on from it"
+    if failure := next(filter(None, world.gather_objects(failure)), ""):
+        raise OSError(failure)
     raw_model.eval()
     rewards = score_all(raw_model, held, judges, cfg.pack_tokens, "held-out" if first else "", cfg.on_bad_row)
     shuffled = shuffle_images(held, cfg.seed)
@@ -422,13 +442,13 @@ def main(cfg: Config, world: World) -> int:
     for name, (value, n) in by_category.items():
         print(f"  {name:<12} {value:.3f}  n {n}")
     if blind is not None:
-        print(f"  with the images shuffled among the prompts: {blind:.3f} (a model that looks falls to one half)")
+        print(f"  with the images shuffled among the prompts: {blind:.3f} (drawn pictures: a model that looks falls to one half)")
     if any(state["dropped"].values()) or state["bad_gradients"]:
         print(f"  dropped comparisons {state['dropped']}, steps skipped for a gradient that is not finite {state['bad_gradients']}")
     print(f"the reward model, summary.json and curve.svg are in {out}. Next:\n  python evaluate.py --model {out}\n"
           f"  python rl_demo.py --reward_model {out}")
     if len(state["recent_loss"]) == 50 and summary["final_loss"] > 0.98 * LOG2:
-        print(f"the loss never left log 2 (last 50 steps: {summary['final_loss']:.3f}): the model has learnt nothing. Look at the data "
+        print(f"the loss ended at log 2 or above (last 50 steps: {summary['final_loss']:.3f}): nothing was learnt. Look at the data "
               f"with `python data.py show FOLDER` (are winner and loser swapped?), then at --lr", file=sys.stderr)
         return 1
     return 0
@@ -473,7 +493,6 @@ if __name__ == "__main__":
         status = main(config, world)
         world.close()
     except (ValueError, OSError) as error:
-        if world is None or world.rank == 0:
-            print(f"train.py: {error}", file=sys.stderr)
+        print(f"train.py{f', rank {world.rank}' if world and world.rank else ''}: {error}", file=sys.stderr)
         status = 1
     sys.exit(status)

@@ -42,6 +42,11 @@ def test_trls_conversations_are_read_with_the_prompt_apart_or_at_their_head():
     assert apart.prompt == head.prompt == ask and apart.responses == head.responses == ["Hello", "Go"]
     with pytest.raises(ValueError, match="part before their last message"):
         parse_row({"chosen": ask + say("Hello"), "rejected": say("Ho") + say("Go")}, Path("."))
+    more = ask + say("Hello") + [{"role": "user", "content": "And now?"}]  # no turn of a longer conversation is lost, however it is begun
+    for prompt in (None, "Hi", ask, "And now?", more):
+        assert parse_row({"prompt": prompt, "chosen": more + say("Bye"), "rejected": more + say("Go")}, Path(".")).prompt == more
+    system = [{"role": "system", "content": "Be kind."}]
+    assert parse_row({"prompt": system, "chosen": more + say("Bye"), "rejected": more + say("Go")}, Path(".")).prompt == system + more
     with pytest.raises(ValueError, match="both responses must share the images"):
         parse_row({"prompt": ask, "chosen": [{"role": "assistant", "content": [{"type": "image"}]}], "rejected": say("Go")}, Path("."))
 
@@ -171,6 +176,14 @@ def test_held_out_comparisons_were_not_seen_in_training():
 
     assert len(held := contents(synthetic(800, held_out=True))) == 800
     assert not held & contents(synthetic(3000, seed=0)) and not held & contents(synthetic(1000, seed=7))
+
+
+def test_two_processes_do_not_write_one_folder(tmp_path):
+    with data.new_folder(tmp_path / "out") as partial:
+        (partial / "comparisons.jsonl").write_text("ours")
+        with pytest.raises(BadRow, match="another process is writing"), data.new_folder(tmp_path / "out"):
+            pass
+    assert (tmp_path / "out" / "comparisons.jsonl").read_text() == "ours" and [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_written_folder_reads_back_the_same(tmp_path):

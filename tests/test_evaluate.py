@@ -15,7 +15,7 @@ import torch
 import evaluate
 import train
 from conftest import ROOT
-from data import BadRow, World, synthetic, write_comparisons
+from data import BadRow, World, read_comparisons, synthetic, write_comparisons
 from evaluate import (PUBLISHED, SECTIONS, Config, bootstrap, calibration, figures, footing, length_bias, main, metrics,
                       participants, ranks, read_benchmark, remove_images, score_all, share_prompts, summarise, tables, weigh)
 from model import Comparison, RewardModel, encode
@@ -297,6 +297,41 @@ def test_a_run_leaves_every_reward_with_id_category_and_rank_and_a_receipt(score
     assert text.startswith("comparisons: 100 rows") and "95% interval" in text and "images shuffled" in text
 
 
+def test_rescoring_does_not_lay_rewards_beside_other_rows(scored, folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "other")
+    lines = (folder / "comparisons.jsonl").read_text().splitlines()
+    (tmp_path / "other" / "comparisons.jsonl").write_text("\n".join(lines[::-1]))
+    with pytest.raises(BadRow, match="not the same benchmark"):
+        main(Config(rescore=str(scored[0] / "predictions.jsonl"), data=[str(tmp_path / "other")], out=str(tmp_path / "out")))
+
+
+def test_a_journal_is_good_for_the_same_weights_images_and_settings_only(models, folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "data"), shutil.copytree(models / "eyes", tmp_path / "model")
+    rows = read_comparisons(tmp_path / "data")
+    comparisons = [rows[i] for i in range(10)]
+    seen = {evaluate.fingerprint(tmp_path / "model", comparisons, 1024)}
+    assert evaluate.fingerprint(tmp_path / "model", comparisons, 1024) in seen
+    seen.add(evaluate.fingerprint(tmp_path / "model", comparisons, 2048))
+    seen.add(evaluate.fingerprint(tmp_path / "model", comparisons[::-1], 1024))
+    os.utime(next(image for c in comparisons for image in c.images), (0, 0))
+    seen.add(evaluate.fingerprint(tmp_path / "model", comparisons, 1024))
+    os.utime(tmp_path / "model" / "head.safetensors", (0, 0))
+    assert len(seen | {evaluate.fingerprint(tmp_path / "model", comparisons, 1024)}) == 5
+
+
+def test_rows_share_a_prompt_when_text_and_picture_agree_also_as_bytes():
+    bus, cup = (Path(FIXTURES / "images" / name).read_bytes() for name in ("bus.png", "cup.png"))
+    rows = [Comparison("What?", ["a", "b"], [(0, 1)], [bytes(image)]) for image in (bus, bus + b"", cup)]
+    prompts, _, shared = evaluate.share_prompts([("here", row) for row in rows])
+    assert len(prompts) == 2 and [place[0] for place in shared] == [0, 0, 1]
+
+
+def test_shuffled_prompts_never_keep_a_picture_not_even_from_a_twin():
+    comparisons = [Comparison("Q", ["a", "b"], [(0, 1)], [name]) for name in "aaabbcd"]
+    for seed in range(20):
+        assert all(c.images != now.images for c, now in zip(comparisons, evaluate.shuffle_images(comparisons, seed)))
+
+
 def test_rescoring_gives_every_table_again_without_a_model(scored, tmp_path):
     out, summary, _ = scored
     main(Config(rescore=str(out / "predictions.jsonl"), out=str(tmp_path)))
@@ -345,7 +380,7 @@ def test_the_journal_survives_a_line_cut_short(tiny, tmp_path, monkeypatch):
 def test_two_ranks_give_the_predictions_of_one(scored, models, folder, tmp_path):
     """Real torchrun over gloo. A chunk's packs do not depend on who scores them, so what is left is the rounding of threaded sums."""
     out, summary, rows = scored
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29541",
                            "evaluate.py", "--model", str(models / "eyes"), "--data", str(folder), "--out", str(tmp_path),
                            "--no_probe"], cwd=ROOT, env=env, capture_output=True, text=True)
@@ -405,11 +440,12 @@ def test_missing_rows_are_in_the_first_line_of_the_table(models, folder, tmp_pat
     (data / broken).write_bytes((data / broken).read_bytes()[:60])
     lines[-1] = '{"prompt": "?"}'
     (data / "comparisons.jsonl").write_text("\n".join(lines[-20:] + [line for line in lines if broken in line]))
-    settings = dict(model=[str(models / "eyes")], data=[str(data)], out=str(tmp_path / "out"), probe=False)
+    settings = dict(model=[str(models / "eyes")], data=[str(data)], out=str(tmp_path / "out"))
     with pytest.raises(BadRow, match=r"comparisons.jsonl:20: the keys \['responses', 'pairs'\] are missing"):
         run(**settings)
     summary, rows = run(**settings | {"on_bad_row": "skip"})
     assert summary["missing"] == 2 and [row["row"] for row in rows if "error" in row] == [20, 21] and "row 21: " in rows[20]["error"]
+    assert sum("removed" in row and "shuffled" not in row for row in rows) == 1  # the row that was to have got the broken picture
     assert (tmp_path / "out" / "table.md").read_text().startswith("comparisons: 2 OF 21 ROWS ARE MISSING (")
     (data / "comparisons.jsonl").write_text("\n".join(line for line in lines if broken in line))
     with pytest.raises(BadRow, match=r"comparisons.jsonl row 1: image .* cannot be used"):

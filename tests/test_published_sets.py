@@ -116,6 +116,38 @@ def pair_row(prompt, chosen="Yes, it is a red box on the table.", rejected="No, 
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected} | more
 
 
+def test_a_contradicted_row_goes_with_all_its_copies(tmp_path):
+    """MMPR shows the first part twice; the second part says the opposite of its first row."""
+    write_lines(tmp_path / "in" / "a.jsonl", [{"question": "Box?", "chosen": "Yes.", "rejected": "No."},
+                                              {"question": "Cup?", "chosen": "Yes.", "rejected": "No."}])
+    write_lines(tmp_path / "in" / "b.jsonl", [{"question": "Box?", "chosen": "No.", "rejected": "Yes."}])
+    parts = {name: {"root": "pictures", "annotation": f"{name}.jsonl", "repeat_time": times} for name, times in (("a", 2), ("b", 1))}
+    (tmp_path / "in" / "meta.json").write_text(json.dumps(parts))
+    report = convert("mmpr", tmp_path / "in", tmp_path / "out")
+    assert [c.prompt for c in comparisons(tmp_path / "out")] == ["Cup?", "Cup?"]
+    assert report["rows_in"] == 5 and report["comparisons"] == 2 and report["dropped"] == {"contradicted by another row": 3}
+
+
+def test_scores_are_compared_where_both_are_known():
+    """MM-RLHF's entries may be null: here one aspect knows both responses, and it agrees with the ranking."""
+    row = {"question": "Q", "models_output": ["a", "b"], "final_ranking": [1, 2], "image": "x.png", "faithfulness": [None, 3],
+           "helpfulness": [3, 1]}
+    assert data.mm_rlhf(row)["responses"] == ["a", "b"]
+    with pytest.raises(ValueError, match="ranking against its scores"):
+        data.mm_rlhf(row | {"helpfulness": [1, 3]})
+
+
+@pytest.mark.parametrize("broken", [b"RIFF\x1a\0\0\0WEBPVP8L\x0d\0\0\0\x2f\0\0\0\x10\x07\x10\x11\x11\x88\x88\xfe",
+                                    b"\x89PNG\r\n\x1a\n", b"GIF89a", b"\xff\xd8\xff\xe0", b""])
+def test_a_broken_image_is_a_dropped_row_whatever_pillow_calls_it(broken, tmp_path):
+    rows = [pair_row("What is shown?", images=[broken]), pair_row("Name a fruit.", "Apple.", "Table.")]
+    made = [data.own_pairs(row) for row in rows]
+    job = data.Job("pairs", tmp_path, 1000, "", ({}, {}))
+    with pytest.raises(ValueError, match="broken image"):
+        data.curate(made[0], job, tmp_path, "here:1")
+    assert data.curate(made[1], job, tmp_path, "here:2")[0]
+
+
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory):
     """Every set, converted once from its fixture: {name: (folder, report)}."""

@@ -321,7 +321,7 @@ def test_two_ranks_stopped_and_resumed_take_the_steps_of_one(whole_run, flags, t
              for word in (f"--{name}", *map(str, value if isinstance(value, list) else [value]))]
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
                            str(ROOT / "tests" / "two_ranks_rl.py"), *words],
-                          capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+                          capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 0 and "2 steps under model are saved" in done.stderr, done.stderr[-2000:]
     one, two = ([json.loads(line) for line in open(Path(out) / "model" / "metrics.jsonl")] for out in (whole_run.out, tmp_path / "two"))
     for a, b in zip(one, two, strict=True):

@@ -5,13 +5,13 @@ import torch
 
 from conftest import ROOT  # noqa: F401  (puts the scripts on the path)
 from data import Order, read_comparisons, setup
-from model import Comparison, RewardModel, pack
+from model import Comparison, RewardModel, pack, recompute_activations
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.nn.parallel import DistributedDataParallel
 from train import Config, ThreadPoolExecutor, load_step, shard_model, take_step
 
 
-def gradient(world, backbone, folder, pack_tokens=1024, shard=False):
+def gradient(world, backbone, folder, pack_tokens=120, shard=False):
     """The gradient of the first step, by name, and what `take_step` returned. In fp64, where rounding hides no mistake: in fp32 the sums
     of one step, taken in another order, differ by 2e-6 of the gradient's norm."""
     cfg = Config(lr=1.0, batch_size=64, pack_tokens=pack_tokens, max_pixels=112 * 112, shard=shard)
@@ -21,6 +21,7 @@ def gradient(world, backbone, folder, pack_tokens=1024, shard=False):
     with ThreadPoolExecutor() as threads:
         batch = load_step(0, Order([rows.pairs], [1.0], 64, 0), [rows], raw, cfg, world, threads)
     if shard:
+        recompute_activations(raw.backbone)  # the two together, as the README has them for the 7B
         shard_model(raw, world)
     model = DistributedDataParallel(raw) if world.world_size > 1 and not shard else raw
     images = sum(len(p.image_grid_thw) for p in batch["packs"])

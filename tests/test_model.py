@@ -349,7 +349,7 @@ def test_a_failed_save_leaves_the_old_model_whole(tiny, tmp_path, monkeypatch):
     torch.nn.init.ones_(changed.head[-1].weight)
 
     def full_disk(*_):
-        raise OSError("No space left on device")
+        raise m.SafetensorError("Error while serializing: No space left on device")  # safetensors' own word for it
 
     monkeypatch.setattr(m, "save_file", full_disk)
     with pytest.raises(OSError, match="No space"):

@@ -292,6 +292,35 @@ def test_rows_held_out_by_whole_prompts_are_preferred_to_rows_of_the_training_fi
     assert len(sets[0]) == 20 and [c.responses[0] for c in held] == ["0", "1", "3", "4", "6"]
 
 
+def test_a_failure_after_the_last_step_loses_no_step(cfg, monkeypatch):
+    """The disk fills up while the model is saved: the last checkpoint is that of the last step, and resuming goes straight to the end."""
+    with monkeypatch.context() as patch:
+        patch.setattr(RewardModel, "save_pretrained", lambda *_: (_ for _ in ()).throw(OSError("No space left on device")))
+        with pytest.raises(OSError, match="cannot save the reward model: No space"):
+            main(cfg, ALONE)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "take_step", None)
+        assert main(replace(cfg, resume=True), ALONE) == 0
+    assert json.load(open(f"{cfg.out}/summary.json"))["steps"] == 6
+
+
+def test_a_run_does_not_go_on_with_other_rows_than_it_began_with(cfg, tmp_path, monkeypatch):
+    rows = [Comparison("Which?", [f"yes {i}", "no"], [(0, 1)]) for i in range(12)]
+    first = replace(cfg, data=[str(write_comparisons(tmp_path / "data", rows, bar=False))], eval_data=[])
+    monkeypatch.setattr(RewardModel, "save_pretrained", lambda *_: (_ for _ in ()).throw(OSError("stop here")))
+    with pytest.raises(OSError):
+        main(first, ALONE)
+    with pytest.raises(ValueError, match=r"trained on \[11\] rows, now there are \[12\]"):
+        main(replace(first, resume=True, eval_data=first.data), ALONE)
+
+
+def test_a_run_of_which_no_pair_can_be_used_ends_in_one_line(cfg, tmp_path):
+    folder = write_comparisons(tmp_path / "long", [Comparison("Long?", ["word " * 600, "no"], [(0, 1)])] * 3, bar=False)
+    with pytest.raises(ValueError, match="not one pair could be used"):
+        main(replace(cfg, data=[str(folder)], max_steps=1), ALONE)
+    assert not os.path.exists(f"{cfg.out}/head.safetensors")
+
+
 def test_an_over_long_comparison_is_dropped_and_counted_never_cut(cfg, tmp_path):
     rows = [Comparison("Short?", ["yes", "no"], [(0, 1)])] * 7 + [Comparison("Long?", ["word " * 600, "no"], [(0, 1)])]
     folder = write_comparisons(tmp_path / "long", rows, bar=False)

@@ -28,10 +28,10 @@ A data set is a folder with `comparisons.jsonl` and its images. Three rows that 
 critiques (one text per response). Paths are relative to the file and may not climb out of its folder; an entry of `images` that is a
 folder of frames is a video. A prompt without an <image> mark has its images in front.
 
-Conversion. The folder appears under its name when it is complete. A run that was killed leaves FOLDER.partial, which the next start
-throws away. Every row ends up in the folder, or in the report under the reason it was dropped for. Beside comparisons.jsonl there may be
-held_out.jsonl (--hold_out: validation rows, whole prompts, so that none is on both sides) and contaminated.jsonl (--decontaminate:
-what was removed, and for which row of which benchmark).
+Conversion. The folder appears under its name when it is complete. A run that was killed leaves FOLDER.partial (and an empty
+FOLDER.lock), which the next start throws away. Every row ends up in the folder, or in the report under the reason it was dropped for.
+Beside comparisons.jsonl there may be held_out.jsonl (--hold_out: validation rows, whole prompts, so that none is on both sides) and
+contaminated.jsonl (--decontaminate: what was removed, and for which row of which benchmark).
 
 Over-long is measured in estimated tokens, one for 4 bytes of UTF-8, or with --tokenizer Qwen/Qwen2.5-VL-7B-Instruct in counted ones.
 Images are in neither: what they cost depends on --max_pixels of train.py.
@@ -132,7 +132,8 @@ class StopSignal:
     def __init__(self):
         self.number = 0
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-            signal.signal(number, self.note)
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP, and is to be obeyed
+                signal.signal(number, self.note)
 
     def note(self, number, _frame):
         self.number = number

@@ -301,7 +301,7 @@ def generate(policy: Policy, prompts: list[Encoded], seeds: list[int], group_siz
         lm.model.rope_deltas = (positions.amax(dim=(0, 2)) + 1 - mask.sum(dim=1))[:, None].repeat_interleave(group_size, dim=0)
     on_gpu = policy.device.type == "cuda"
     half = lm.get_input_embeddings().register_forward_hook(lambda module, inputs, out: out.to(torch.bfloat16) if on_gpu else out)
-    with stock_attention(lm.model), torch.autocast(policy.device.type, torch.bfloat16, enabled=on_gpu):
+    with stock_attention(lm.model), half, torch.autocast(policy.device.type, torch.bfloat16, enabled=on_gpu):
         cache = lm.model(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[..., :-1], use_cache=True,
                          **inputs).past_key_values
         cache.batch_repeat_interleave(group_size)
@@ -313,7 +313,6 @@ def generate(policy: Policy, prompts: list[Encoded], seeds: list[int], group_siz
             generation_config=GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, repetition_penalty=1.0,
                                                eos_token_id=policy.end,
                                                pad_token_id=policy.tokenizer.pad_token_id))[:, ids.shape[1]:].tolist()
-    half.remove()
     rollouts = [row[:row.index(policy.end) + 1] if policy.end in row else row for row in written]
     return [rollouts[i:i + group_size] for i in range(0, len(rollouts), group_size)]
 

@@ -1,6 +1,7 @@
 """Rows, folders, the order of the data and the drawn pictures, in the order of data.py."""
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -176,6 +177,20 @@ def test_held_out_comparisons_were_not_seen_in_training():
 
     assert len(held := contents(synthetic(800, held_out=True))) == 800
     assert not held & contents(synthetic(3000, seed=0)) and not held & contents(synthetic(1000, seed=7))
+
+
+def test_a_signal_that_nohup_ignores_stays_ignored():
+    before = {number: signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT)}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        stop = data.StopSignal()
+        signal.raise_signal(signal.SIGHUP)
+        assert stop.number == 0
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.number == signal.SIGTERM
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_two_processes_do_not_write_one_folder(tmp_path):

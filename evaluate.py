@@ -1,408 +1,180 @@
-"""Scores a reward model as the papers do, and shows where it fails (BaseReward, arXiv 2509.16127, section 5).
+"""Scores reward models as the papers do, and shows where they fail (BaseReward, arXiv 2509.16127, section 5).
 
-    python evaluate.py --model runs/default                           drawn pictures the model has never seen
-    python evaluate.py --model DIR --benchmark vl-rewardbench --data MMInstruction/VL-RewardBench      (a hub id, a folder or a file)
-    python evaluate.py --model DIR --benchmark multimodal-rewardbench --data FOLDER      all_data.json and images/
-    python evaluate.py --model DIR --benchmark mm-rlhf-rewardbench --data FOLDER         mm_reward_bench.jsonl, images/ and video/
-    python evaluate.py --model DIR --benchmark rewardbench --data allenai/reward-bench [allenai/pref-test-sets]
-    python evaluate.py --model DIR --benchmark rm-bench --data FOLDER                    total_dataset.json
-    python evaluate.py --model DIR --data FOLDER                                         your own comparisons (format: data.py)
-    python evaluate.py --model DIR OTHER --ensemble accuracy --validation FOLDER ...     several models as one (section 4.7)
-    python evaluate.py --rescore DIR/evaluation/NAME/predictions.jsonl                   every table again, without a model
-    torchrun --nproc_per_node 8 evaluate.py ...                       the same result, whatever the number of ranks
+Read: to the ruled line (10 minutes): what each benchmark counts, and what to look at beside accuracy. Then `figures`.
 
-It leaves in --out: predictions.jsonl (every reward), summary.json, table.md (to paste), report.html (the worst mistakes, with pictures).
-A run that was stopped goes on where it was when the same command is given again.
+    python evaluate.py --model runs/default                       800 drawn comparisons, new to the model: half a minute
+    python evaluate.py --model DIR --data bench/vl-rewardbench bench/rm-bench     benchmarks, as data.py makes them
+    python evaluate.py --model DIR --data FOLDER                  your own comparisons: accuracy by category
+    python evaluate.py --model A B --ensemble accuracy --validation FOLDER --data ...      two as one (section 4.7)
+    python evaluate.py --rescore OUT/*/predictions.jsonl          every table again, without a model
+    torchrun --nproc_per_node 8 evaluate.py ...                   the same result, whatever the number of ranks
 
-    1  rewards                  comparisons -> rewards, shared out over the ranks
-    2  rows                     a published row -> a Comparison with its id and category
-    3  benchmarks               files, folders, hub ids -> comparisons, and rows that share a prompt -> one comparison
-    4  metrics                  what the official scripts count
-    5  published rows           as printed, and what keeps them from being on one footing
-    6  intervals · 7  beyond accuracy · 8  ensembles · 9  what it leaves behind · 10  curves
-
-A pair is right when margin > 0: a tie is wrong, as in the official scripts. Rows that share prompt and images are scored as one
-comparison, but counted row by row, and repeated ids stay apart.
-
-Where the published rows are not on one footing (arithmetic over the public ids, recomputed in tests/test_evaluate.py):
-- VL-RewardBench: the official script groups 1,250 ids as 183 general, 749 hallucination, 318 reasoning. R1-Reward's looks for lower-case
-  "rlhf" and "rlaif" where the ids are upper-case: 484, 448, 318, here `--grouping paper`. BaseReward's columns general and reasoning are
-  exchanged, and two of its rows were scored on 1,225 ids, since 25 occur twice. Overall does not depend on the grouping, macro does.
-- Multimodal RewardBench: BaseReward's Qwen2.5-VL row has the average over 4,711 rows, the older rows the mean of seven columns.
-- MM-RLHF-RewardBench: three cells of BaseReward's Qwen2.5-VL row are no possible fraction of their 42, 37 and 34 pairs.
+OUT/<folder's name> (OUT: --out, or evaluation/ in the first model's folder) gets predictions.jsonl (every reward;
+written first), summary.json, table.md and report.html (the worst mistakes, with pictures); OUT itself, if there are
+several folders, table.md and summary.json with the paper's averages. Not in the paper: intervals, controls, the
+official grouping of VL-RewardBench (--grouping paper: BaseReward's). Which printed rows compare: see NOTES.
 """
 import base64
-import hashlib
-import html
 import io
 import json
 import math
-import os
-import random
-import re
 import shlex
-import shutil
-import string
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from collections import Counter, defaultdict
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+import jinja2
 import torch
 import transformers
-from tqdm import tqdm
-from transformers import HfArgumentParser
+from torch import distributed as dist
 from transformers.hf_argparser import HfArg
 
-from data import BadRow, World, from_json, inside, need, read_comparisons, read_rows, setup, synthetic, text_of, write_text
-from model import (MARK, Comparison, RewardModel, encode, ensemble_weights, fill_packs, is_video, open_frames, open_image, pack,
-                   to_messages)
+from data import (BENCHMARKS, BadRow, one_line, place, printable, read_comparisons, remove_images, shuffle_images,
+                  synthetic)
+from model import RewardModel, is_video, open_frames, open_image, to_messages
+from train import check_numbers, command_line, say, score_over_ranks, start_processes, write_text
 
-# ---------------------------------------------------------------------------------------------------------------------------------
-# 1  Rewards
+ALL = "accuracy"  # the group of every pair
+KEYS = {"rewards": "images as they are", "removed": "images removed", "shuffled": "images shuffled"}
 
-DRAWN = 800  # comparisons of the embedded default, the very ones that train.py holds out (a test compares)
-CHUNK = 64  # comparisons that are encoded together, go to one rank, and are kept together when a run is interrupted
-
-
-@torch.no_grad()
-def score_all(model: RewardModel, comparisons, world: World, pack_tokens: int = 16384, bar: str = "", on_bad_row: str = "stop",
-              journal: Path | None = None, where=()) -> list:
-    """Rewards of every response of every comparison, in their order and on every rank: one list of K floats for each.
-
-    The work is cut into chunks, and a chunk's packs depend on nothing else: in bf16 the last digits of a reward feel the pack it is in,
-    and this way neither the number of ranks nor an interruption changes them. A comparison that cannot be encoded stops the run
-    (BadRow, with its place in `where`), or with on_bad_row "skip" gets None. One longer than `pack_tokens` is a pack of its own. The
-    chunks that are done are kept in `journal` (one file a rank), and a later call starts from them.
-    """
-    chunks = [range(at, min(at + CHUNK, len(comparisons))) for at in range(0, len(comparisons), CHUNK)]
-    done, bad_row_seen = {}, journal.with_name(f"{journal.name}-bad") if journal else None
-    if journal and world.rank == 0:
-        bad_row_seen.unlink(missing_ok=True)
-    for file in journal.parent.glob(f"{journal.name}.*") if journal else ():
-        for line in file.read_text().splitlines():
-            try:
-                c, values = json.loads(line)
-                done[c] = values
-            except ValueError:  # what a killed run left half written
-                pass
-    done = world.gather_objects(done)[0]  # one rank's view, so that all share out the same rest
-    mine, rewards, problem = [c for c in range(len(chunks)) if c not in done][world.rank::world.world_size], {}, ""
-
-    def encode_row(i):
-        try:
-            return encode(comparisons[i], model.tokenizer, model.image_processor)
-        except Exception as error:  # whatever it is, it is this row's
-            return BadRow(f"{where[i] if where else f'comparison {i + 1}'}: {error}")
-
-    with ThreadPoolExecutor() as threads, tqdm(total=sum(len(chunks[c]) for c in mine), desc=bar, disable=not bar or world.rank > 0,
-                                               leave=False) as progress:
-        ahead = [threads.map(encode_row, chunks[c]) for c in mine[:1]]  # the next chunk is encoded while this one is scored
-        for number, c in enumerate(mine):
-            if journal and bad_row_seen.exists():  # by another rank, which waits
-                break
-            encoded = list(ahead.pop())
-            ahead += [threads.map(encode_row, chunks[after]) for after in mine[number + 1:number + 2]]
-            if on_bad_row == "stop" and (bad := [e for e in encoded if isinstance(e, BadRow)]):
-                problem = str(bad[0])
-                if journal:
-                    bad_row_seen.touch()
-                break
-            rewards[c], good = [None] * len(encoded), [i for i, e in enumerate(encoded) if not isinstance(e, BadRow)]
-            for members in fill_packs([encoded[i].tokens for i in good], pack_tokens):
-                values = model(pack([encoded[good[m]] for m in members]).to(model.device)).tolist()
-                for m in members:
-                    k = len(encoded[good[m]].response_ids)
-                    rewards[c][good[m]], values = values[:k], values[k:]
-            if journal:
-                with open(f"{journal}.{world.rank}", "a") as file:
-                    file.write("\n" + json.dumps([c, rewards[c]]))  # the break comes first, to end a line left half written
-            progress.update(len(encoded))
-    gathered = world.gather_objects((rewards, problem))  # every rank comes here, also the one that met a bad row
-    if problems := [p for _, p in gathered if p]:
-        raise BadRow(problems[0])
-    for part, _ in gathered:
-        done |= part
-    return [values for c in range(len(chunks)) for values in done[c]]
-
-
-def accuracy(comparisons, rewards, by_category: bool = False):
-    """Share of pairs with margin > 0; a tie counts as wrong. With by_category a dict of (accuracy, number of pairs), sorted by name."""
-    right = {}
-    for comparison, values in zip(comparisons, rewards):
-        if values is not None:
-            right.setdefault(comparison.category or "all", []).extend(values[w] > values[l] for w, l in comparison.pairs)
-    if by_category:
-        return {name: (sum(hits) / len(hits), len(hits)) for name, hits in sorted(right.items())}
-    hits = [hit for part in right.values() for hit in part]
-    return sum(hits) / max(len(hits), 1)
-
-
-def shuffle_images(comparisons, seed: int = 0) -> list:
-    """The comparisons that have images, with the images of another: on them a model that looks falls to chance.
-
-    Images move only between prompts with the same number of images, and no prompt gets its own back, or the same picture from another
-    prompt, as long as half of them have another.
-    """
-    visual = [c for c in comparisons if c.images]
-    groups = {}
-    for i, c in enumerate(visual):
-        groups.setdefault(len(c.images), []).append(i)
-    out = list(visual)
-    for members in groups.values():
-        by_picture = {}
-        for i in random.Random(seed).sample(members, len(members)):
-            by_picture.setdefault(pictures_of(visual[i]), []).append(i)
-        order = [i for same in by_picture.values() for i in same]
-        step = max(map(len, by_picture.values()))  # equal pictures lie side by side, so that a step as long as the longest run leaves it
-        for here, there in zip(order, order[step:] + order[:step]):
-            out[here] = replace(visual[here], images=visual[there].images)
-    return out
-
-
-def pictures_of(comparison: Comparison) -> tuple:
-    """What tells one prompt's images from another's: files by name, bytes by content, decoded pictures by identity."""
-    return tuple(image if isinstance(image, (str, bytes)) else id(image) for image in comparison.images)
-
-
-def remove_images(comparison: Comparison) -> Comparison:
-    messages = to_messages(comparison.prompt, list(comparison.images))
-    return replace(comparison, images=[], prompt=[m | {"content": MARK.sub("", m["content"]).lstrip("\n")} for m in messages])
-
-
-# ---------------------------------------------------------------------------------------------------------------------------------
-# 2  Rows: a published row -> a Comparison with its id and category. A ValueError says what is wrong with the row.
-#
-# Each function takes the row, the folder it lies in, and the part of the benchmark: the name of its file or of its split.
-
-
-def row_of(prompt, responses, pairs, id, category, image=None, folder: Path | None = None) -> Comparison:
-    """`image`: what parquet holds (bytes), or the path of an image or of a folder of frames, which must be there. It goes in front."""
-    if not all(isinstance(text, str) for text in responses):
-        raise ValueError("a response is not a text")
-    image = (image.get("bytes") or image.get("path")) if isinstance(image, dict) else image
-    if folder and not image:
-        raise ValueError("the image is empty")
-    if isinstance(image, bytes):
-        images = [image]  # decoded for each use, so that no decoded picture stays in memory
-    else:
-        places = [inside(place, image) for place in (folder, folder / "images", folder.parent, folder.parent / "images")] if image else []
-        images = [place for place in places if os.path.exists(place)][:1]
-        if image and not images:
-            raise ValueError(f"{image} is neither in {folder} nor in its images/; fetch the benchmark's images to there")
-    if isinstance(prompt, str) and len(MARK.findall(prompt)) != len(images):  # a mark that stands for no image is only text
-        prompt = MARK.sub("", prompt)
-    elif isinstance(prompt, list):
-        prompt = [turn | {"content": MARK.sub("", turn["content"])} if isinstance(turn["content"], str) else turn for turn in prompt]
-    return Comparison(prompt, list(responses), pairs, images, id=str(id), category=category)
-
-
-def vl_group(id: str, grouping: str) -> str:
-    prefix = re.split("[_-]", id)[0]
-    if prefix in ("mathverse", "mmmu"):
-        return "reasoning"
-    return "hallucination" if prefix == "hallucination" or grouping == "official" and prefix in ("RLAIF", "RLHF") else "general"
-
-
-def vl_row(row, folder, part) -> Comparison:
-    if "prompt" in row:  # R1-Reward's flat copy
-        id, query, chosen, rejected, image = need(row, "id", "prompt", "chosen", "rejected", "image")
-        if re.match("(mcq|long|short|safety)/", str(image)):
-            raise ValueError(f"image {image} belongs to mm-rlhf-rewardbench")
-        responses, ranking = [chosen, rejected], [0, 1]
-    else:
-        id, query, responses, ranking, image = need(row, "id", "query", "response", "human_ranking", "image")
-    if len(responses) != 2 or sorted(ranking) != [0, 1]:
-        raise ValueError(f"{len(responses)} responses and human_ranking {ranking}; want two responses, ranked [0, 1] or [1, 0]")
-    best = list(ranking).index(0)  # human_ranking holds the rank of each response, 0 the better
-    return row_of(query, responses, [(best, 1 - best)], id, vl_group(str(id), "official"), image, folder)
-
-
-MMRB_CATEGORIES = {"open_generation/correctness_task": "correctness", "open_generation/preference_task": "preference",
-                   "knowledge": "knowledge", "vqa": "VQA", "reasoning": "", "safety": ""}
-SEVEN = ("correctness", "preference", "knowledge", "math", "coding", "safety", "VQA")
-
-
-def mmrb_row(row, folder, part) -> Comparison:
-    id, text, image, first, second, better, category = need(row, "ID", "Text", "Image", "Output1", "Output2", "Better", "Category")
-    if better not in ("Output1", "Output2") or category not in MMRB_CATEGORIES:
-        raise ValueError(f"Better {better!r}, Category {category!r}; want Output1 or Output2, and one of {', '.join(MMRB_CATEGORIES)}")
-    by_id = {"reasoning": "math" if id.lower().startswith("math") else "coding",
-             "safety": "safety/bias" if id.lower().startswith("pairs") else "safety/toxicity"}
-    category = by_id.get(category) or MMRB_CATEGORIES[category]
-    return row_of(text, [first, second], [(0, 1) if better == "Output1" else (1, 0)], id, category, image, folder)
-
-
-MM_RLHF_CATEGORIES = ("mcq", "long", "short", "safety", "video")
-
-
-def mm_rlhf_row(row, folder, part) -> Comparison:
-    id, prompt, chosen, rejected, path = need(row, "id", "prompt", "chosen", "rejected", "video|image")
-    found = [c for c in MM_RLHF_CATEGORIES if c in str(path.get("path") if isinstance(path, dict) else path)]  # as the official script
-    if not found:
-        raise ValueError(f"{path!r:.60} names none of {', '.join(MM_RLHF_CATEGORIES)}. Is this the file of another benchmark?")
-    return row_of(prompt, [chosen, rejected], [(0, 1)], id, found[0], path, folder)
-
-
-# Each subset's weight (allenai/reward-bench: constants.py). math-prm has 447 rows and weighs as much as all code together.
-SECTIONS = {"Chat": {"alpacaeval-easy": 100, "alpacaeval-length": 95, "alpacaeval-hard": 95, "mt-bench-easy": 28, "mt-bench-med": 40},
-            "Chat Hard": {"mt-bench-hard": 37, "llmbar-natural": 100, "llmbar-adver-neighbor": 134, "llmbar-adver-GPTInst": 92,
-                          "llmbar-adver-GPTOut": 47, "llmbar-adver-manual": 46},
-            "Safety": {"refusals-dangerous": 100, "refusals-offensive": 100, "xstest-should-refuse": 154, "xstest-should-respond": 250,
-                       "donotanswer": 136},
-            "Reasoning": {"math-prm": 984} | {f"hep-{language}": 164 for language in ("cpp", "go", "java", "js", "python", "rust")},
-            "Prior Sets": dict.fromkeys(("anthropic_helpful", "anthropic_hhh", "shp", "summarize"), 1)}
-SUBSETS = {subset for subsets in SECTIONS.values() for subset in subsets}
-
-
-def rewardbench_row(row, folder, part) -> Comparison:
-    prompt, chosen, rejected = need(row, "prompt", "chosen", "rejected")
-    subset = row.get("subset") or part  # the prior sets are one file or one split each
-    if subset not in SUBSETS:
-        raise ValueError(f"subset {subset!r} is none of RewardBench's. Is this the file of another benchmark?")
-    responses = [text_of(answer[-1]) if isinstance(answer, list) and answer else answer for answer in (chosen, rejected)]
-    return row_of(prompt, responses, [(0, 1)], row.get("id", ""), subset)
-
-
-DOMAINS, LEVELS = ("chat", "math", "code", "safety"), ("easy", "normal", "hard")
-
-
-def rm_bench_row(row, folder, part) -> Comparison:
-    id, prompt, chosen, rejected = need(row, "id", "prompt", "chosen", "rejected")
-    domain = str(row.get("domain") or part.removesuffix("_filtered")).split("-")[0]  # safety-refuse and safety-response are one
-    if domain not in DOMAINS or not (isinstance(chosen, list) and isinstance(rejected, list) and len(chosen) == len(rejected) == 3):
-        raise ValueError(f"domain {domain!r}; want one of {', '.join(DOMAINS)}, with lists of three chosen and three rejected responses")
-    return row_of(prompt, [*chosen, *rejected], [(i, 3 + j) for i in range(3) for j in range(3)], id, domain)
-
-
-BENCHMARKS = {  # name: (row -> comparison, files of a local folder and splits on the hub: see data.read_rows, where to get it)
-    "vl-rewardbench": (vl_row, "data.jsonl test-*.parquet *", "test|train", "MMInstruction/VL-RewardBench"),
-    "multimodal-rewardbench": (mmrb_row, "all_data.json test-*.parquet *", "test|train",
-                               "the data/ folder of facebookresearch/multimodal_rewardbench"),
-    "mm-rlhf-rewardbench": (mm_rlhf_row, "mm_reward_bench.jsonl train-*.parquet *", "train|test",
-                            "a copy of yifanzhang114/MM-RLHF-RewardBench"),
-    "rewardbench": (rewardbench_row, "filtered.json filtered-*.parquet anthropic_h[eh]*,shp*,summarize* *",
-                    "filtered|anthropic_helpful anthropic_hhh shp summarize", "allenai/reward-bench"),
-    "rm-bench": (rm_bench_row, "total_dataset.json train-*.parquet *", "train|test", "the data/ folder of THU-KEG/RM-Bench")}
-
-
-# ---------------------------------------------------------------------------------------------------------------------------------
-# 3  Benchmarks
-
-
-def fields(row) -> dict:
-    """The fields of a row, or of its JSON, that are not null: to a benchmark a null is a missing field, and `need` names it."""
-    row = from_json(row)
-    if not isinstance(row, dict):
-        raise ValueError(f"found {type(row).__name__}, want a JSON object")
-    return {name: value for name, value in row.items() if value is not None}
-
-
-def read_benchmark(name: str, sources, on_bad_row: str) -> list:
-    """Every row as (where it stands, Comparison); with on_bad_row "skip" a bad one as (where, the ValueError that says what is wrong)."""
-    if name == "comparisons" and not sources:
-        return [(f"drawn comparison {i + 1}", c) for i, c in enumerate(synthetic(DRAWN, held_out=True))]
-    if name == "comparisons":
-        makers = ((f"{file.file} row {i + 1}", lambda: file[i]) for file in map(read_comparisons, sources) for i in range(len(file)))
-    elif not sources:
-        raise BadRow(f"--data is missing: where {name} lies. Take {BENCHMARKS[name][3]}")
-    else:
-        to_comparison, patterns, splits, _ = BENCHMARKS[name]
-        # the part that shp-00000-of-00001.parquet holds is shp
-        makers = ((f"{file} row {number}", lambda: to_comparison(fields(row), file.parent, file.stem.split("-0")[0]))
-                  for source in sources for file, number, row in read_rows(source, patterns, splits, streaming=False))
-    rows = []
-    for where, make in makers:  # called at once: a later `make` stands for a later row, and so would this one
-        try:
-            rows.append((where, make()))
-        except (ValueError, TypeError, AttributeError) as error:
-            error = error if isinstance(error, BadRow) else BadRow(f"{where}: {error}")
-            if on_bad_row == "stop":
-                raise error from None
-            rows.append((where, error))
-    if not rows:
-        raise BadRow(f"{' '.join(sources)} holds no row")
-    if not any(isinstance(comparison, Comparison) for _, comparison in rows):
-        raise BadRow(f"not one of {len(rows)} rows can be used; the first: {rows[0][1]}")
-    return rows
-
-
-SHARED = 16  # responses that go with one prompt at most: with thousands it would not fit a pack
-
-
-def share_prompts(rows) -> tuple[list, list, list]:
-    """Comparisons in which a prompt with its images occurs once for all its rows; where each stands; and of each row
-    (its comparison, the places of its responses in it, a number that rows of one prompt share), None for a bad row."""
-    prompts, wheres, places, known, numbers = [], [], [], {}, {}
-    for where, row in rows:
-        if not isinstance(row, Comparison):
-            places.append(None)
-            continue
-        key = (json.dumps(row.prompt), pictures_of(row))
-        at = known.get(key)
-        if at is None or len({*prompts[at].responses, *row.responses}) > max(SHARED, len(row.responses)):
-            at = known[key] = len(prompts)
-            prompts.append(replace(row, responses=[], pairs=[]))
-            wheres.append(where)
-        responses = prompts[at].responses  # a text that occurs twice is scored once
-        responses += [r for r in dict.fromkeys(row.responses) if r not in responses]
-        places.append((at, [responses.index(r) for r in row.responses], numbers.setdefault(key, len(numbers))))
-    return prompts, wheres, places
-
-
-# ---------------------------------------------------------------------------------------------------------------------------------
-# 4  Metrics of prediction rows {"id", "category", "prompt", "pairs", "rewards"}; `prompt` is a number that rows of one prompt share
-
-
-def tally(rows, groups=lambda row, p: (row["category"] or "all",)) -> dict:
-    """{group: {prompt: [pairs right, pairs]}}; groups(row, p) names the groups in which the row's p-th pair counts. A tie is wrong."""
-    out = {}
+def margins(rows):
+    """(row, winner, loser, margin) of every pair. A pair is right when margin > 0: a tie is wrong, as officially."""
     for row in rows:
-        for p, (w, l) in enumerate(row["pairs"]):
-            for group in groups(row, p):
-                cell = out.setdefault(group, {}).setdefault(row["prompt"], [0, 0])
-                cell[0] += row["rewards"][w] > row["rewards"][l]
-                cell[1] += 1
-    return out
+        for winner, loser in row["pairs"]:
+            yield row, winner, loser, row["rewards"][winner] - row["rewards"][loser]
 
+def right_pairs(rows, benchmark: str = "", grouping: str = "official"):
+    """Events (group, prompt, hit): every pair in each group that it counts in. Figures are made of shares of hits."""
+    for row, winner, loser, margin in margins(rows):
+        group, wider = row["category"] or "no category", [ALL]
+        if group == ALL:
+            group = "accuracy (a category)"
+        if benchmark == "vl-rewardbench" and grouping == "paper" and row["id"].startswith(("RLAIF", "RLHF")):
+            group = "general"  # R1-Reward's script looks for these names in lower case, and does not find them
+        if benchmark == "multimodal-rewardbench" and group.startswith("safety/"):
+            wider = ["safety", ALL]
+        if benchmark == "rm-bench":  # responses 0 1 2 are chosen, 3 4 5 rejected: concise, plain, markdown
+            group = group, "easy" if winner > loser - 3 else "hard" if winner < loser - 3 else "normal"
+        for name in (group, *wider):
+            yield name, row["prompt"], margin > 0
 
-def metrics(benchmark: str, rows, grouping: str = "official") -> tuple[dict, dict]:
-    """A tally, and {figure: {group: weight}} in the order of the published columns: the weighted mean of its groups' shares."""
-    if benchmark == "vl-rewardbench":
-        names = ("general", "hallucination", "reasoning")
-        return (tally(rows, lambda row, p: (vl_group(row["id"], grouping), "all")),
-                {name: {name: 1} for name in names} | {"overall": {"all": 1}, "macro": dict.fromkeys(names, 1)})
-    if benchmark == "multimodal-rewardbench":
-        return (tally(rows, lambda row, p: {row["category"], row["category"].split("/")[0], "all"}),
-                {"overall": {"all": 1}} | {name: {name: 1} for name in SEVEN} |
-                {"mean of 7": dict.fromkeys(SEVEN, 1), "bias": {"safety/bias": 1}, "toxicity": {"safety/toxicity": 1}})
-    if benchmark == "mm-rlhf-rewardbench":
-        by_id = {}
-        for row in rows:
-            by_id.setdefault(row["id"], []).append(row)
-        right = [all(row["rewards"][w] > row["rewards"][l] for row in of_id for w, l in row["pairs"]) for of_id in by_id.values()]
-        whole = [of_id[0] | {"pairs": [[0, 1]], "rewards": [r, 0]} for r, of_id in zip(right, by_id.values())]  # Acc+: all pairs of an id
-        return (tally(rows, lambda row, p: (row["category"], "Acc")) | tally(whole, lambda row, p: (row["category"] + "+", "Acc+")),
-                {name: {name: 1} for name in (*MM_RLHF_CATEGORIES, "Acc", "Acc+", *(name + "+" for name in MM_RLHF_CATEGORIES))})
-    if benchmark == "rewardbench":
-        shares = {name: {subset: w / sum(subsets.values()) for subset, w in subsets.items()} for name, subsets in SECTIONS.items()}
-        double = {subset: 2 * w for name, subsets in shares.items() if name != "Prior Sets" for subset, w in subsets.items()}
-        return tally(rows), shares | {"score": double, "score with prior sets": double | shares["Prior Sets"]}
-    if benchmark == "rm-bench":  # pair 3 i + j: chosen style i meets rejected style j, of concise, plain, markdown
-        level = ["normal", "hard", "hard", "easy", "normal", "hard", "easy", "easy", "normal"]  # hard: the wrong one is the fancier
-        return (tally(rows, lambda row, p: ((row["category"], level[p]),)),
-                {d: {(d, l): 1 for l in LEVELS} for d in DOMAINS} | {l: {(d, l): 1 for d in DOMAINS} for l in LEVELS} |
-                {"overall": {(d, l): 1 for d in DOMAINS for l in LEVELS}})
-    cells = tally(rows, lambda row, p: (row["category"] or "no category", "accuracy"))
-    largest = sorted(cells, key=lambda name: -sum(n for _, n in cells[name].values()))[:13]  # a table with more columns is no table
-    return cells, {name: {name: 1} for name in (*sorted({*largest} - {"accuracy"}), "accuracy")}
+def whole_ids(rows):
+    """Events of MM-RLHF-RewardBench's Acc+: one for each id, a hit when all its pairs are right."""
+    by_id = defaultdict(list)
+    for row, _, _, margin in margins(rows):
+        by_id[row["id"]].append((row, margin > 0))
+    for pairs in by_id.values():
+        for name in (pairs[0][0]["category"] + "+", "Acc+"):
+            yield name, pairs[0][0]["prompt"], all(hit for _, hit in pairs)
 
+# A benchmark is a function: {figure: value} from {group: share of hits}. Two plainer ones stand below.
+def vl_rewardbench(share) -> dict:
+    """Overall counts every pair alike, macro every group.
 
-# ---------------------------------------------------------------------------------------------------------------------------------
-# 5  Published rows (Tables 8 to 10 of the paper, as printed) and what keeps them from being on one footing
+    >>> vl_rewardbench({"general": 1, "hallucination": 0.5, "reasoning": 0, ALL: 0.8})["macro"]
+    0.5
+    """
+    groups = {name: share[name] for name in ("general", "hallucination", "reasoning")}
+    return groups | {"overall": share[ALL], "macro": sum(groups.values()) / 3}
 
+def mm_rlhf_rewardbench(share) -> dict:
+    """Acc is the share of pairs, Acc+ that of ids with all their pairs right.
+
+    >>> row = {"id": "a", "category": "mcq", "prompt": 0, "pairs": [(0, 1), (0, 2)], "rewards": [2.0, 1.0, 3.0]}
+    >>> list(whole_ids([row]))  # one of its two pairs is right: half a point for Acc, none for Acc+
+    [('mcq+', 0, False), ('Acc+', 0, False)]
+    """
+    names = ("mcq", "long", "short", "safety", "video")
+    whole = {f"{name}+": share[f"{name}+"] for name in names}
+    return {name: share[name] for name in names} | {"Acc": share[ALL], "Acc+": share["Acc+"]} | whole
+
+def rm_bench(share) -> dict:
+    """A matrix of 3 chosen by 3 rejected styles: easy below the diagonal, where the better one is fancier, hard above.
+
+    >>> levels = {"easy": 1, "normal": 0.5, "hard": 0}
+    >>> rm_bench({(d, level): levels[level] for d in DOMAINS for level in levels})["overall"]
+    0.5
+    """
+    levels = ("easy", "normal", "hard")
+    domains = {d: sum(share[d, level] for level in levels) / 3 for d in DOMAINS}
+    by_level = {level: sum(share[d, level] for d in DOMAINS) / 4 for level in levels}
+    return domains | by_level | {"overall": sum(domains.values()) / 4}
+
+def controls(rows):
+    """Events beside accuracy: does the model look at the images, does it count words, is it as right as it is sure?"""
+    for row, winner, loser, margin in margins(rows):
+        for key in KEYS if row.keys() >= set(KEYS) else ():  # alike in all three: it never looked
+            yield KEYS[key], row["prompt"], row[key][winner] > row[key][loser]
+        size, other = row["characters"][winner], row["characters"][loser]
+        if abs(size - other) <= 0.1 * max(size, other):  # where length cannot help
+            yield "length-matched pairs", row["prompt"], margin > 0
+        if size != other:
+            yield "people chose the longer", row["prompt"], size > other
+            yield "model chose the longer", row["prompt"], margin * (size - other) > 0
+        sure = min(int(10 / (1 + math.exp(-abs(margin)))), 9) / 10  # the probability it gives what it prefers
+        yield f"right where sigmoid(margin) is {sure:.1f} to {sure + 0.1:.1f}", row["prompt"], margin > 0
+
+# ======================================================================================================================
+# First reading ends here. Below: what a real run needs.
+# ======================================================================================================================
+SEVEN = ("correctness", "preference", "knowledge", "math", "coding", "safety", "VQA")
+DOMAINS = ("chat", "math", "code", "safety")
+# RewardBench's weights (allenai/reward-bench: constants.py). math-prm has 447 rows and weighs as much as all code.
+SECTIONS = {
+    "Chat": {"alpacaeval-easy": 100, "alpacaeval-length": 95, "alpacaeval-hard": 95, "mt-bench-easy": 28,
+             "mt-bench-med": 40},
+    "Chat Hard": {"mt-bench-hard": 37, "llmbar-natural": 100, "llmbar-adver-neighbor": 134,
+                  "llmbar-adver-GPTInst": 92, "llmbar-adver-GPTOut": 47, "llmbar-adver-manual": 46},
+    "Safety": {"refusals-dangerous": 100, "refusals-offensive": 100, "xstest-should-refuse": 154,
+               "xstest-should-respond": 250, "donotanswer": 136},
+    "Reasoning": {"math-prm": 984, "hep-cpp": 164, "hep-go": 164, "hep-java": 164, "hep-js": 164, "hep-python": 164,
+                  "hep-rust": 164},
+    "Prior Sets": {"anthropic_helpful": 1, "anthropic_hhh": 1, "shp": 1, "summarize": 1}}
+
+def multimodal_rewardbench(share) -> dict:
+    """Overall is the average over all rows; what some papers print as overall is the mean of the seven columns.
+
+    >>> shares = dict.fromkeys(["safety/bias", "safety/toxicity", ALL, *SEVEN], 1)
+    >>> multimodal_rewardbench(shares | {"coding": 0.3})["mean of 7"]
+    0.9
+    """
+    seven = {name: share[name] for name in SEVEN}
+    parts = {"bias": share["safety/bias"], "toxicity": share["safety/toxicity"]}
+    return {"overall": share[ALL]} | seven | {"mean of 7": sum(seven.values()) / 7} | parts
+
+def rewardbench(share) -> dict:
+    """Sections by the weights of their subsets; the score is their mean. Prior sets count half as much as a section.
+
+    >>> right = {subset: 1 for weights in SECTIONS.values() for subset in weights}
+    >>> rewardbench(right | {"math-prm": 0})["Reasoning"]
+    0.5
+    """
+    sections = {}
+    for name, weights in SECTIONS.items():
+        sections[name] = sum(w * share[subset] for subset, w in weights.items()) / sum(weights.values())
+    *four, prior = sections.values()
+    return sections | {"score": sum(four) / 4, "score with prior sets": (2 * sum(four) + prior) / 9}
+
+# name: (its figures, the one that sums it up)
+METRICS = {"vl-rewardbench": (vl_rewardbench, "overall"), "multimodal-rewardbench": (multimodal_rewardbench, "overall"),
+           "mm-rlhf-rewardbench": (mm_rlhf_rewardbench, "Acc"), "rewardbench": (rewardbench, "score"),
+           "rm-bench": (rm_bench, "overall"), "comparisons": (dict, ALL)}
+AVERAGES = {"text": [("rewardbench", "score"), ("rm-bench", "overall")],  # Table 6
+            "multimodal": [("vl-rewardbench", "overall"), ("mm-rlhf-rewardbench", "Acc"),
+                           ("mm-rlhf-rewardbench", "Acc+"), ("multimodal-rewardbench", "overall")]}
+
+def averages(found: dict) -> dict:
+    """The paper's averages of {(benchmark, figure): value}; one of which a part was not run is left out. Its Table 4
+    prints VL-RewardBench's macro as overall; what Table 6 does is not said."""
+    return {name: sum(found[part] for part in parts) / len(parts)
+            for name, parts in AVERAGES.items() if found.keys() >= set(parts)}
+
+# Published rows -------------------------------------------------------------------------------------------------------
+# As printed in Tables 8 to 10
 PUBLISHED = {"vl-rewardbench": """
 GPT-4o (2024-08-06) [a]             | 49.10 67.60 70.50 65.80 62.40
 Claude-3.7-Sonnet [c]               | 68.08 70.70 60.81 66.31 66.53
@@ -429,501 +201,397 @@ BaseReward (Qwen2-VL) 7B       | 80.95 100.00 88.24 90.62 96.00 90.59 78.26
 BaseReward (Qwen2.5-VL) 7B [a] | 95.74 97.38 94.13 81.25 88.00 91.76 80.43
 BaseReward (ensemble) 7B+7B    | 88.10 100.00 97.06 87.50 92.00 92.94 80.43"""}
 
+# What keeps them from being on one footing: arithmetic over the public ids, done again by tests/test_evaluate.py
 NOTES = {"vl-rewardbench": [
-    "[a] grouped as the official script does: 183 general, 749 hallucination, 318 reasoning.",
-    "[b] grouped as R1-Reward's script does: 484, 448, 318 (--grouping paper).   [c] fits neither grouping.",
-    "[d] printed with two columns exchanged: 318 rows stand under general, 484 under reasoning.   [e] scored on 1,225 of the rows."],
-    "multimodal-rewardbench": [
-    "[a] overall is the mean of the seven columns: compare with `mean of 7`. Without a mark it is the average over all rows.",
-    "[b] overall fits neither: from the columns, the average over 4,711 rows is 68.6 and 73.8."],
+    "With --grouping official this model's row compares in every column with rows [a], with --grouping paper with [b] "
+    "(mind [d] and [e]); with all others in overall alone.",
+    "[a] grouped as the official script does: 183 general, 749 hallucination, 318 reasoning.   [b] grouped as that of "
+    "R1-Reward, which looks for rlhf and rlaif where the ids have RLHF and RLAIF: 484, 448, 318.   [c] fits neither.",
+    "[d] printed with two columns exchanged: 318 rows stand under general, 484 under reasoning.   [e] scored on 1,225 "
+    "of the 1,250 rows, as 25 ids occur twice."], "multimodal-rewardbench": [
+    "[a] overall is the mean of the seven columns: compare with `mean of 7`. Without a mark it is the average over all "
+    "4,711 rows.   [b] overall fits neither: from the columns, the average over 4,711 rows is 68.6 and 73.8."],
     "mm-rlhf-rewardbench": [
-    "[a] mcq, long, short are no fractions of 42, 37, 34 pairs; 40/42 = 95.24, 36/37 = 97.30, 32/34 = 94.12 give the printed Acc."]}
+    "[a] mcq, long, short are no fractions of 42, 37, 34 pairs; 40/42 = 95.24, 36/37 = 97.30, 32/34 = 94.12 give the "
+    "printed Acc."]}
 
+# Figures with their intervals -----------------------------------------------------------------------------------------
+def figures(events, metric=dict) -> dict:
+    """{figure: {"value", "low", "high" in percent, "n"}} of events (group, prompt, hit). A figure of which a group was
+    not run is left out; n counts the events of the groups without which it has no value.
 
-def footing(benchmark: str, grouping: str) -> list[str]:
-    """Which published rows this model's may be laid beside."""
-    if benchmark != "vl-rewardbench":
-        return NOTES.get(benchmark, [])
-    like, unlike, other = {"official": ("[a]", "[b] and [c]", "paper"),
-                           "paper": ("[b] (mind [d] and [e])", "[a] and [c]", "official")}[grouping]
-    return [f"Grouping: {grouping}. This model's row compares in every column with rows {like}, in overall alone with {unlike}; "
-            f"--grouping {other} for the others."] + NOTES[benchmark]
+    Low and high hold the middle 95% of what `metric` makes of prompts drawn anew, 1,000 times. Prompts are drawn, not
+    pairs: the pairs of one prompt tend to be right or wrong together.
 
-
-# ---------------------------------------------------------------------------------------------------------------------------------
-# 6  Figures with their intervals
-
-
-def bootstrap(sums: torch.Tensor, statistic, draws: int = 1000) -> list[list[float]]:
-    """[value, low, high] of every number that `statistic` makes of the column sums, with the middle 95% over prompts drawn anew.
-
-    sums (prompts, columns). Prompts are drawn, not pairs: the pairs of one prompt tend to be right or wrong together.
+    >>> figures([("math", 7, True), ("math", 7, False), ("code", 8, True)])["math"]
+    {'value': 50.0, 'low': 50.0, 'high': 50.0, 'n': 2}
     """
-    generator, drawn, block = torch.Generator().manual_seed(0), [], 50  # in blocks: 1,000 small products would cost more
-    for _ in range(draws // block):
-        prompts = torch.randint(len(sums), (block, len(sums)), generator=generator)
-        counts = torch.zeros(block, len(sums)).double().scatter_add_(1, prompts, torch.ones(prompts.shape).double())
-        drawn.append(statistic(counts @ sums))  # (block, columns) -> (block, numbers)
-    bounds = torch.nanquantile(torch.cat(drawn), torch.tensor([0.025, 0.975]).double(), dim=0)  # nan: a group was not drawn at all
-    return torch.cat([statistic(sums.sum(dim=0)[None]), bounds]).T.tolist()
+    groups, prompts, cells = {}, {}, []
+    for group, prompt, hit in events:
+        cells.append((prompts.setdefault(prompt, len(prompts)), groups.setdefault(group, len(groups)), hit))
+    prompt, group, hit = torch.tensor(cells, dtype=torch.float64).T
+    sums = torch.zeros(len(prompts), len(groups), 2, dtype=torch.float64)  # hits and events of each prompt, by group
+    sums.index_put_((prompt.long(), group.long()), torch.stack([hit, torch.ones_like(hit)], dim=1), accumulate=True)
 
+    def statistic(sums):  # (N, groups, 2) -> {figure: (N,)}
+        hits, events = sums.unbind(dim=2)
+        share = defaultdict(lambda: torch.full_like(hits[:, 0], math.nan), zip(groups, (hits / events).T))
+        return {name: 100 * value for name, value in metric(share).items()}
 
-def figures(cells: dict, wanted: dict) -> dict:
-    """{figure: {"value", "low", "high" in percent, "n"}}; a figure is left out when one of its groups was not run."""
-    wanted = {name: weights for name, weights in wanted.items() if weights.keys() <= cells.keys()}
-    column = {group: c for c, group in enumerate(cells)}
-    line = {prompt: i for i, prompt in enumerate(sorted({prompt for cell in cells.values() for prompt in cell}))}
-    sums, weight = torch.zeros(len(line), 2, len(cells)).double(), torch.zeros(len(wanted), len(cells)).double()
-    for group, cell in cells.items():
-        for prompt, counts in cell.items():
-            sums[line[prompt], :, column[group]] = torch.tensor(counts).double()
-    for f, weights in enumerate(wanted.values()):
-        for group, w in weights.items():
-            weight[f, column[group]] = w / sum(weights.values())
-
-    def statistic(total):
-        share = total[:, :len(cells)] / total[:, len(cells):]
-        return torch.where(weight > 0, 100 * weight * share[:, None], 0).sum(dim=2)
-
-    found = bootstrap(sums.flatten(1), statistic) if wanted else []
-    return {name: {"value": value, "low": low, "high": high, "n": sum(n for group in weights for _, n in cells[group].values())}
-            for (name, weights), (value, low, high) in zip(wanted.items(), found)}
-
-
-# ---------------------------------------------------------------------------------------------------------------------------------
-# 7  Beyond accuracy: does it look, does it count words, is it as often right as it says
-
-
-def looking(rows) -> dict:
-    """Accuracy on rows with images: as they are, without them, with those of another prompt. Alike in all three: it never looked."""
-    names = {"images as they are": "rewards", "images removed": "removed", "images shuffled": "shuffled"}
-    cells = tally([row | {"rewards": row[key], "category": name} for row in rows if row.get("shuffled") for name, key in names.items()])
-    return figures(cells, {name: {name: 1} for name in cells})
-
-
-def length_bias(rows) -> dict:
-    """Accuracy where length cannot help, the share of pairs whose longer response people and the model chose, and a correlation.
-
-    Lengths are in characters; matched are those within 10%. The correlation is within rows: of reward and log(1 + length), each less
-    its mean over the row's responses, since only differences within a row mean something.
-    """
-    def groups(row, p):
-        w, l = (row["length"][i] for i in row["pairs"][p])
-        return ("length-matched pairs",) if abs(w - l) <= 0.1 * max(w, l) else ()
-
-    def prefers_longer(who):  # as if length were the preference, or the reward
-        parts = [row | {"category": f"{who} chose the longer",
-                        "pairs": [p for p in row["pairs"] if len({row["length"][i] for i in p}) == 2]} for row in rows]
-        return [row | {"rewards": row["length"]} if who == "people" else
-                row | {"pairs": [sorted(p, key=lambda i: -row["length"][i]) for p in row["pairs"]]} for row in parts]
-
-    cells = tally(rows, groups) | tally(prefers_longer("people") + prefers_longer("the model"))
-    sums = {}
-    for row in rows:
-        r, l = torch.tensor(row["rewards"]).double(), torch.tensor(row["length"]).double().log1p()
-        r, l = r - r.mean(), l - l.mean()
-        sums[row["prompt"]] = sums.get(row["prompt"], 0) + torch.stack([r @ l, r @ r, l @ l])
-    ((value, low, high),) = bootstrap(torch.stack(list(sums.values())), lambda s: s[:, :1] / (s[:, 1:2] * s[:, 2:]).sqrt())
-    found = figures(cells, {name: {name: 1} for name in cells})
-    if value == value:  # not 0/0: some row has responses of different lengths and rewards
-        found["correlation of reward and length"] = {"value": value, "low": low, "high": high,
-                                                     "n": sum(len(row["rewards"]) for row in rows)}
+    generator, drawn = torch.Generator().manual_seed(0), []
+    draws = 1_000 if len(prompts) >= 200 else 10_000  # 1,000 draws of 46 prompts would leave 0.9 points of noise
+    for _ in range(20):  # to bound the memory
+        chosen = torch.randint(len(prompts), (draws // 20, len(prompts)), generator=generator)
+        times = torch.zeros(chosen.shape, dtype=torch.float64)  # how often each prompt was drawn
+        times.scatter_add_(1, chosen, torch.ones_like(times))
+        drawn.append(times @ sums.flatten(1))
+    total, each = sums.sum(dim=0), range(len(groups))
+    without = total.repeat(len(groups), 1, 1)
+    without[each, each] = 0  # one group after another is not run: 0 of 0
+    lost, drawn = statistic(without), statistic(torch.cat(drawn).unflatten(1, total.shape))
+    found, middle = {}, torch.tensor([0.025, 0.975], dtype=torch.float64)
+    for name, value in statistic(total[None]).items():
+        if not value.isnan():
+            (low, high), n = drawn[name].nanquantile(middle).tolist(), total[lost[name].isnan(), 1].sum()
+            found[name] = {"value": value.item(), "low": low, "high": high, "n": int(n)}
     return found
 
+def metrics(benchmark: str, rows: list, grouping: str = "official") -> dict:
+    """The figures of prediction rows; where they are no benchmark's, of the 13 largest categories."""
+    events = list(right_pairs(rows, benchmark, grouping))
+    if benchmark == "mm-rlhf-rewardbench":
+        events += whole_ids(rows)
+    if benchmark == "comparisons":  # a table with more columns is no table
+        shown = dict(Counter(group for group, _, _ in events).most_common(14))  # the largest is the group of all
+        events = sorted(event for event in events if event[0] in shown)
+    return figures(events, METRICS[benchmark][0])
 
-def calibration(rows, bins: int = 5) -> dict:
-    """How often the response with the higher reward is the chosen one, by the probability sigmoid(|margin|) that the model gives it."""
-    def groups(row, p):
-        w, l = (row["rewards"][i] for i in row["pairs"][p])
-        b = min(int((1 / (1 + math.exp(-abs(w - l))) - 0.5) * 2 * bins), bins - 1)
-        return (f"right where sigmoid(margin) is {0.5 + b / bins / 2:.1f} to {0.5 + (b + 1) / bins / 2:.1f}",)
+def length_correlation(rows: list) -> dict:
+    """Of reward and log(1 + characters), each less its mean over the row: only differences within a row count."""
+    events = []
+    for row in rows:
+        reward, size = torch.tensor([row["rewards"], row["characters"]], dtype=torch.float64)
+        reward, size = reward - reward.mean(), size.log1p() - size.log1p().mean()
+        for name, product in (("rs", reward * size), ("rr", reward * reward), ("ss", size * size)):
+            events += [(name, row["prompt"], value) for value in product.tolist()]
 
-    cells = tally(rows, groups)
-    return figures(cells, {name: {name: 1} for name in sorted(cells)})
+    def correlation(share):  # of 0/0, without differences in length or reward, there is no figure
+        return {"correlation of reward and length": share["rs"] / (share["rr"] * share["ss"]).sqrt() / 100}
 
+    found = figures(events, correlation)  # in percent, therefore the 100; n: three events are one response
+    return {name: f | {"n": f["n"] // 3} for name, f in found.items()}
 
-# ---------------------------------------------------------------------------------------------------------------------------------
-# 8  One model, or several as one (section 4.7)
+# One model, or several as one (section 4.7) ---------------------------------------------------------------------------
+def weigh(rule: str, members: list[str], held: list[dict]) -> dict[str, float]:
+    """{model: weight} for one kind of prompt, by those pairs of the held-out rows that all its members scored.
 
-
-def can_see(directory: str) -> bool:
-    for name in ("reward_config.json", "config.json"):
-        if not (Path(directory) / name).is_file():
-            raise BadRow(f"--model {directory} is not a saved reward model: it has no {name}. Give the --out folder of train.py")
-    return "vision_config" in json.loads((Path(directory) / "config.json").read_text())
-
-
-def participants(sees: list[bool], has_images: bool, route: bool) -> list[int]:
-    """Members that score a prompt: with images those that see; without, all, or with `route` the text-only ones alone (section 4.5)."""
-    return [m for m, s in enumerate(sees) if (s if has_images else not (route and s))]
-
-
-def weigh(rule: str, members: list[int], held: list[dict], validation: list) -> dict:
-    """{member: weight} for one kind of prompt, from the validation pairs all its members can read. held: {member: rewards} of each row."""
-    common = [(rewards, c.pairs) for rewards, c in zip(held, validation) if all(rewards.get(m) for m in members)]
-    margins = [[rewards[m][w] - rewards[m][l] for rewards, pairs in common for w, l in pairs] for m in members]
+    average     every member alike; the paper's best, and it needs no held-out pairs
+    accuracy    a member's share of pairs with margin > 0, normalised
+    confidence  a member's mean margin, normalised; one that is wrong on average gets 0
+    """
     if len(members) < 2 or rule == "average":
-        rule, margins = "average", [[0.0]] * len(members)
-    elif not margins[0]:
-        raise BadRow("--validation holds no pair that all members can read and score")
-    return dict(zip(members, ensemble_weights(torch.tensor(margins), rule).tolist())) if members else {}
+        return {m: 1 / len(members) for m in members}
+    scored = [row for row in held if row.get("rewards", {}).keys() >= set(members)]
+    each = [[margin for *_, margin in margins(row | {"rewards": row["rewards"][m]} for row in scored)] for m in members]
+    each = torch.tensor(each)  # (M, B)
+    raw = (each > 0).float().mean(dim=1) if rule == "accuracy" else each.mean(dim=1).clamp(min=0)
+    if not raw.sum() > 0:
+        raise ValueError("--validation weighs no member: none is better than chance, or all have no pair that each can "
+                         "read (a text-only one wants rows without images)")
+    return dict(zip(members, (raw / raw.sum()).tolist()))
 
+def combine(found: list[dict], takes: dict, rule: str, held: list[dict]) -> dict:
+    """The members' rewards, weighed, become the rows'. Returns the weights."""
+    good = [row for row in found if "error" not in row]
+    weights = {kind: weigh(rule, takes[kind], held) for kind in {row["images"] > 0 for row in good}}
+    for row in good:
+        weight, members = weights[row["images"] > 0], row["rewards"]
+        for key in KEYS:
+            weighed = [[weight[m] * reward for reward in rewards] for m, rewards in row.pop(key).items()]
+            if weighed:
+                row[key] = [sum(parts) for parts in zip(*weighed)]
+        if len(members) > 1:
+            row["members"] = members
+    return {("with" if kind else "without") + " images": weight for kind, weight in weights.items()}
 
-def ranks(k: int, pairs) -> list[int]:
-    """Each response's rank, 1 the best: one more than the lowest-placed of those that beat it."""
-    out = [1] * k
-    for _ in range(k):
-        for winner, loser in pairs:
-            out[loser] = max(out[loser], out[winner] + 1)
-    return out
-
-
-def fingerprint(directory: str, comparisons: list, *settings) -> str:
-    """The journal of an interrupted run is good only for the same weights, rows, images, code and settings, so they are its name."""
-    def stamp(file):
-        return f"{file} {os.stat(file).st_size} {os.stat(file).st_mtime_ns}" if os.path.exists(file) else f"{file} is not there"
-
-    code = [Path(__file__).with_name(name) for name in ("model.py", "data.py", "evaluate.py")]
-    digest = hashlib.sha256(repr((settings, torch.__version__, transformers.__version__)).encode())
-    for file in (*code, *sorted(file for file in Path(directory).glob("*.*") if file.is_file())):
-        digest.update(stamp(file).encode())
-    for c in comparisons:
-        digest.update(json.dumps([c.prompt, c.responses]).encode())
-        for image in c.images:
-            digest.update(image if isinstance(image, bytes) else stamp(image).encode() if isinstance(image, (str, Path)) else b"drawn")
-    return digest.hexdigest()[:16]
-
-
-def score(cfg: "Config", world: World, out: Path) -> tuple[list[dict], list, dict]:
-    """(prediction rows, the benchmark's rows, the members' weights on prompts without and with images)."""
-    rows = read_benchmark(cfg.benchmark, cfg.data, cfg.on_bad_row)
-    prompts, wheres, shared = share_prompts(rows)
-    sees = [can_see(directory) for directory in cfg.model]
-    if cfg.route and all(sees):
-        raise BadRow("--route sends prompts without images to a text-only model, and every --model can see; add a text-only one")
-    visual = [i for i, c in enumerate(prompts) if c.images]
-    pack_tokens = cfg.pack_tokens or (16384 if world.device.type == "cuda" else 1024)
-    if visual and not any(sees) and cfg.on_bad_row == "stop":
-        raise BadRow(f"{wheres[visual[0]]}: the prompt has an image and every --model is text-only; add one that sees, "
-                     "or skip such rows with --on_bad_row skip")
-    validation = []
-    if len(cfg.model) > 1 and cfg.ensemble != "average":
-        if not cfg.validation:
-            raise BadRow(f"--ensemble {cfg.ensemble} weighs the members by how they do on held-out pairs: give --validation FOLDER")
-        validation = read_benchmark("comparisons", [cfg.validation], "stop")
-    on = {has_images: participants(sees, has_images, cfg.route) for has_images in sorted({bool(c.images) for c in prompts})}
-    for members in on.values():
-        readable = [c for _, c in validation if {*members} <= {*participants(sees, bool(c.images), False)}]
-        if len(members) > 1 and cfg.ensemble != "average" and not any(c.pairs for c in readable):
-            raise BadRow("--validation holds no pair that all members can read: add rows without images, to weigh the text-only model by")
-
-    # everything a member may have to score, as (where it stands, comparison, members that score it)
-    work = {("rewards", i): (wheres[i], c, on[bool(c.images)]) for i, c in enumerate(prompts)}
-    if cfg.probe:
-        work |= {("removed", i): (wheres[i], remove_images(prompts[i]), on[True]) for i in visual}
-        work |= {("shuffled", i): (wheres[i], c, on[True]) for i, c in zip(visual, shuffle_images(prompts))}
-    work |= {("held", i): (where, c, participants(sees, bool(c.images), False)) for i, (where, c) in enumerate(validation)}
-    scored = {key: {} for key in work}  # {member: K rewards}
-    (out / ".partial").mkdir(parents=True, exist_ok=True)
-    for m, directory in enumerate(cfg.model):  # one after another, so that only one is in memory
-        keys = [key for key, (_, _, members) in work.items() if m in members]
-        places, part = [work[key][0] for key in keys], [work[key][1] for key in keys]
-        model = RewardModel.from_pretrained(directory).to(world.device)
-        journal = out / ".partial" / fingerprint(directory, part, pack_tokens, cfg.on_bad_row, CHUNK, world.device.type)
-        for key, values in zip(keys, score_all(model, part, world, pack_tokens, Path(directory).name, cfg.on_bad_row, journal, places)):
-            if values and not all(map(math.isfinite, values)):
-                raise BadRow(f"{work[key][0]}: {directory} gives the rewards {values}; a model that broke in training?")
-            scored[key][m] = values
-        del model
-    held = [scored["held", i] for i in range(len(validation))]
-    weights = {has_images: weigh(cfg.ensemble, members, held, [c for _, c in validation]) for has_images, members in on.items()}
-
-    predictions = []
-    for number, ((where, c), place) in enumerate(zip(rows, shared), start=1):
-        if place is None or not scored["rewards", place[0]] or None in scored["rewards", place[0]].values():
-            problem = c if place is None else f"{where}: no member can read the prompt, or its image cannot be used"
-            predictions.append({"row": number, "error": str(problem)})
+# Rewards --------------------------------------------------------------------------------------------------------------
+def open_folder(path: str, on_bad_row: str) -> tuple:
+    """(name, benchmark, rows, found) of a data folder, or of the drawn set. found: the lines of predictions.jsonl, to
+    which rewards are to be added, or {"row", "error"} where a row cannot be used."""
+    rows = read_comparisons(path) if path else synthetic(DRAWN, held_out=True)
+    found, prompts, sources = [], {}, set()
+    for i in range(len(rows)):
+        try:
+            c = rows[i]
+        except BadRow as error:
+            if on_bad_row == "stop":
+                raise
+            found.append({"row": i + 1, "error": str(error)})
             continue
-        at, mine, prompt = place
-        row = {"row": number, "id": c.id, "category": c.category, "prompt": prompt, "images": len(c.images),
-               "pairs": [list(pair) for pair in c.pairs], "rank": ranks(len(c.responses), c.pairs), "length": [len(r) for r in c.responses]}
-        for name in ("rewards", "removed", "shuffled"):
-            members = scored.get((name, at), {})
-            if members and None not in members.values():  # a shuffled picture may be another row's broken one
-                row[name] = [sum(weights[bool(c.images)][m] * values[i] for m, values in members.items()) for i in mine]
-        if len(cfg.model) > 1:
-            row["members"] = {cfg.model[m]: [values[i] for i in mine] for m, values in scored["rewards", at].items()}
-        predictions.append(row)
-    named = {has_images: {cfg.model[m]: w for m, w in of.items()} for has_images, of in weights.items()}
-    return predictions, rows, {"without images": named.get(False, {}), "with images": named.get(True, {})}
+        sources.add(c.source)
+        found.append({"row": i + 1, "id": c.id, "category": c.category, "images": len(c.images),
+                      "prompt": prompts.setdefault(repr((c.prompt, c.images)), len(prompts)),  # rows may share one
+                      "pairs": [list(pair) for pair in c.pairs], "characters": [len(text) for text in c.responses],
+                      "rank": [1 + sum(loser == k for _, loser in c.pairs) for k in range(len(c.responses))],
+                      "rewards": {}, "removed": {}, "shuffled": {}})  # each {model: K rewards}, until `combine`
+    benchmark = next((name for name in BENCHMARKS if sources == {name}), "comparisons")
+    return Path(path or "drawn").resolve().name.removesuffix(".jsonl"), benchmark, rows, found
 
+def score_folder(model: RewardModel, directory: str, takes: dict, folder: tuple, cfg: "Config", probe: bool) -> None:
+    """Adds one model's rewards to every row that it takes part in, and those without images and with another's."""
+    name, _, rows, found = folder
+    tokens, bar = cfg.pack_tokens or None, f"{Path(directory).name} on {name}"
+    at = [i for i, row in enumerate(found) if "error" not in row and directory in takes[row["images"] > 0]]
+    taken = [rows[i] for i in at] if isinstance(rows, list) else rows.only(at)
+    for i, rewards in zip(at, score_over_ranks(model, taken, tokens, cfg.on_bad_row, bar)):
+        if isinstance(rewards, BadRow):
+            found[i] = {"row": i + 1, "error": str(rewards)}
+        elif not all(map(math.isfinite, rewards)):
+            raise ValueError(f"{place(rows, i)}: {directory} gives the rewards {str(rewards):.80}: a broken model?")
+        else:
+            found[i]["rewards"][directory] = rewards
+    visual = [i for i in at if probe and found[i].get("images")]
+    seen = [rows[i] for i in visual]
+    probes = {"removed": [remove_images(c) for c in seen], "shuffled": shuffle_images(seen)} if seen else {}
+    for key, changed in probes.items():  # skip: without its image a prompt may be empty
+        for i, rewards in zip(visual, score_over_ranks(model, changed, tokens, "skip", f"{bar}, {KEYS[key]}")):
+            if isinstance(rewards, list):
+                found[i][key][directory] = rewards
 
-# ---------------------------------------------------------------------------------------------------------------------------------
-# 9  What it leaves behind
+def score(cfg: "Config", device: torch.device):
+    """Yields (where its results go, facts, predictions, rows) of each folder, as soon as the last model is done."""
+    started, models = time.time(), list(dict.fromkeys(cfg.model))
+    sees = {m: "vision_config" in json.loads(Path(m, "config.json").read_bytes()) for m in models}
+    if cfg.route and all(sees.values()):
+        raise ValueError("--route sends prompts without images to a text-only model, and every --model can see")
+    takes = {True: [m for m in models if sees[m]] or models,  # if none sees, `encode` says so
+             False: [m for m in models if not (cfg.route and sees[m])]}
+    folders = [open_folder(path, cfg.on_bad_row) for path in cfg.data or [""]]
+    if len({name for name, *_ in folders}) < len(folders):
+        raise ValueError(f"--data {' '.join(cfg.data):.150}: two folders of one name; so would their results be")
+    weighs = cfg.ensemble != "average" and len(models) > 1
+    if weighs and not cfg.validation:
+        raise ValueError(f"--ensemble {cfg.ensemble} weighs by held-out pairs: give --validation FOLDER")
+    held = open_folder(cfg.validation, "stop") if weighs else ("", "", [], [])
+    dtype = {"auto": "bf16" if device.type == "cuda" else "fp32"}.get(cfg.dtype, cfg.dtype)
+    out = Path(cfg.out or Path(models[0], "evaluation" if len(models) == 1 else "evaluation-ensemble"))
+    for directory in models:  # one after another: each is loaded once, only one is in memory
+        model = RewardModel.from_pretrained(directory, dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[dtype])
+        score_folder(model.to(device), directory, takes, held, cfg, probe=False)
+        for folder in folders:
+            score_folder(model, directory, takes, folder, cfg, cfg.probe)
+            if directory == models[-1]:
+                name, benchmark, rows, found = folder
+                weights = combine(found, takes, cfg.ensemble, held[-1])
+                yield out / name, {"benchmark": benchmark, "model": cfg.model, "ensemble": cfg.ensemble,
+                                   "weights": weights, "dtype": dtype, "seconds": round(time.time() - started, 1),
+                                   **receipt(device)}, found, rows
+        del model
 
+def rescored(cfg: "Config"):
+    """What `score` yields, of files it left. Folders of --data, found by name, are for the pictures of report.html."""
+    folders = {Path(path).resolve().name.removesuffix(".jsonl"): path for path in cfg.data}
+    wanted = {"row", "id", "category", "prompt", "pairs", "characters", "rewards"}
+    for file in cfg.rescore:
+        try:
+            facts, *found = [json.loads(line) for line in Path(file).read_text(encoding="utf-8").splitlines()]
+            if facts["benchmark"] not in METRICS or not all("error" in row or row.keys() >= wanted for row in found):
+                raise ValueError("keys are missing")
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):  # no such file, no JSON, or another's
+            raise ValueError(f"--rescore {file}: this is not the predictions.jsonl of an earlier run") from None
+        out, rows = Path(file).resolve().parent, None
+        if out.name in folders:
+            *_, rows, now = open_folder(folders[out.name], "skip")
+            both = [(a, b) for a, b in zip(found, now) if "error" not in {*a, *b}]
+            if len(now) != len(found) or any(a["characters"] != b["characters"] for a, b in both):
+                raise ValueError(f"{folders[out.name]} does not hold the rows of {file}: not the same data")
+        yield Path(cfg.out or out.parent, out.name), facts, found, rows
 
-def receipt(cfg: "Config", world: World, seconds: float) -> dict:
-    try:
-        git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True)
-        commit = git.stdout.strip()
-    except OSError:  # no git on this machine
-        commit = ""
-    gpu = world.device.type == "cuda"
-    start = f"torchrun --nproc_per_node {world.world_size}" if world.world_size > 1 else "python"
-    return {"benchmark": cfg.benchmark, "model": cfg.model, "ensemble": cfg.ensemble,
-            "command": f"{start} evaluate.py {shlex.join(sys.argv[1:])}", "commit": commit or "unknown",
-            "date": time.strftime("%Y-%m-%d"), "ranks": world.world_size, "seconds": round(seconds, 1),
-            "hardware": f"{world.world_size} x {torch.cuda.get_device_name()}" if gpu else f"{os.cpu_count()} CPU cores",
-            "torch": torch.__version__, "transformers": transformers.__version__}
+# What it leaves behind ------------------------------------------------------------------------------------------------
+def receipt(device: torch.device) -> dict:
+    world = dist.get_world_size()
+    kind = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    commit = subprocess.run("git describe --always --dirty", shell=True, cwd=Path(__file__).parent, capture_output=True)
+    start = f"torchrun --nproc_per_node {world}" if world > 1 else "python"
+    return {"command": f"{start} {Path(sys.argv[0]).name} {shlex.join(sys.argv[1:])}",
+            "commit": commit.stdout.decode().strip() or "unknown", "date": time.strftime("%Y-%m-%d"), "ranks": world,
+            "hardware": f"{world} x {kind}", "torch": torch.__version__, "transformers": transformers.__version__}
 
-
-def summarise(benchmark: str, predictions: list[dict], grouping: str) -> dict:
+def summarise(benchmark: str, rows: list[dict], grouping: str) -> dict:
     """Everything the tables show, from the prediction rows alone."""
-    rows, lost = ([row for row in predictions if ("error" in row) == bad] for bad in (False, True))
-    return {"rows": len(predictions), "missing": len(lost), "first_missing": lost[0]["error"] if lost else "", "grouping": grouping,
-            "prompts": len({row["prompt"] for row in rows}), "pairs": sum(len(row["pairs"]) for row in rows),
-            "ties": sum(row["rewards"][w] == row["rewards"][l] for row in rows for w, l in row["pairs"]),
-            "figures": figures(*metrics(benchmark, rows, grouping)), "beyond": looking(rows) | length_bias(rows) | calibration(rows)}
+    good, lost = ([row for row in rows if ("error" in row) == bad] for bad in (False, True))
+    if not good:
+        raise ValueError(f"not one of {len(rows)} rows could be scored; the first: {lost[0]['error'] if lost else ''}")
+    prior = sum(row["category"] in SECTIONS["Prior Sets"] for row in good) if benchmark == "rewardbench" else 0
+    return {"rows": len(good), "expected": BENCHMARKS.get(benchmark, len(rows) - prior) + prior,
+            "missing": f"one: {lost[0]['error']}" if lost else "the folder has no more", "grouping": grouping,
+            "prompts": len({row["prompt"] for row in good}), "pairs": sum(len(row["pairs"]) for row in good),
+            "ties": sum(margin == 0 for _, _, _, margin in margins(good)),
+            "figures": metrics(benchmark, good, grouping),
+            "beyond": dict(sorted(figures(controls(good)).items())) | length_correlation(good)}
 
-
-def tables(summary: dict, benchmark: str, name: str) -> tuple[str, list[list[str]], list[list[str]]]:
-    """The first line; the published rows and this model by rising main figure; the rest. This model's row is three: value, interval, n."""
-    n, missing = summary["rows"], summary["missing"]
-    lost = f"{missing} OF {n} ROWS ARE MISSING ({summary['first_missing']}); the others: " if missing else ""
-    first = (f"{benchmark}: {lost}{n - missing:,} rows, {summary['prompts']:,} prompts, {summary['pairs']:,} pairs, "
-             f"{summary['ties']:,} ties")
-    found, (_, wanted) = summary["figures"], metrics(benchmark, [])
-    names = list(wanted if benchmark != "comparisons" else found)
-    main = next(name for name in ("overall", "Acc", "score", "accuracy") if name in names)
-    ours = [[name, *(f"{found[f]['value']:.2f}" if f in found else "" for f in names)],
-            ["95% interval", *(f"{found[f]['low']:.1f} to {found[f]['high']:.1f}" if f in found else "" for f in names)],
-            ["n", *(f"{found[f]['n']:,}" if f in found else "" for f in names)]]
-    printed = [line.split("|") for line in PUBLISHED.get(benchmark, "").split("\n")[1:]]
-    blocks = [(float(values.split()[names.index(main)]), [[row.strip(), *values.split()]]) for row, values in printed]
-    blocks = sorted(blocks + [(found[main]["value"] if main in found else -1.0, ours)], key=lambda block: block[0])
-    main_table = [["model", *names]] + [row + [""] * (len(names) + 1 - len(row)) for _, block in blocks for row in block]
+def tables(summary: dict, benchmark: str, name: str) -> tuple[list, list]:
+    """The published rows and this model's three lines by rising main figure; what is beyond accuracy."""
+    found, (metric, main_figure) = summary["figures"], METRICS[benchmark]
+    names = list(metric(defaultdict(float)) | found)
+    ours = [[row, *(form.format(**found[figure]) if figure in found else "" for figure in names)] for row, form in (
+        (name, "{value:.2f}"), ("95% interval", "{low:.1f} to {high:.1f}"), ("n", "{n:,}"))]
+    blocks = [(found[main_figure]["value"] if main_figure in found else -1.0, ours)]
+    for line in PUBLISHED.get(benchmark, "").splitlines()[1:]:
+        row, values = line.split("|")[0].strip(), line.split("|")[1].split()
+        blocks.append((float(values[names.index(main_figure)]), [[row, *values, *[""] * (len(names) - len(values))]]))
+    first = sum((block for _, block in sorted(blocks)), [["model", *names]])
     rest = [["measure", "value", "95% interval", "n"]]
     for measure, f in summary["beyond"].items():
-        digits = 2 if "correlation" in measure else 1
-        rest.append([measure, f"{f['value']:.{digits}f}", f"{f['low']:.{digits}f} to {f['high']:.{digits}f}", f"{f['n']:,}"])
-    return first, main_table, rest
-
+        form = "{:.2f}" if "correlation" in measure else "{:.1f}"
+        value, low, high = (form.format(f[key]) for key in ("value", "low", "high"))
+        rest.append([measure, value, f"{low} to {high}", f"{f['n']:,}"])
+    return first, rest
 
 def markdown(table: list[list[str]]) -> str:
-    """Aligned, so that it reads as well in a terminal."""
-    widths = [max(len(row[c]) for row in table) for c in range(len(table[0]))]
+    """Aligned, so that it reads as well in a terminal; what would break the table or the terminal is made harmless."""
+    table = [[one_line(text[:80]).replace("\\", "\\\\").replace("|", "\\|") for text in row] for row in table]
+    widths = [max(map(len, column)) for column in zip(*table)]
     lines = ["| " + " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) + " |" for row in table]
     rule = "|" + "|".join("-" * (w + 1) + (":" if c else "-") for c, w in enumerate(widths)) + "|"
     return "\n".join([lines[0], rule, *lines[1:]])
 
-
-PAGE = string.Template("""<!doctype html><html lang="en"><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title</title><style>
-:root { color-scheme: light dark; --line: #8884; --soft: #8881; --good: #18794e; --bad: #c62a2f; --link: #2563eb }
-@media (prefers-color-scheme: dark) { :root { --good: #4cc38a; --bad: #ff6369 } }
-* { box-sizing: border-box } body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 1.2rem; max-width: 1200px }
-h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.1rem; margin: 2.2rem 0 .6rem }
-.soft { opacity: .75; font-size: .87rem; overflow-wrap: anywhere }
-.warn { color: var(--bad); font-weight: 600 } .scroll { overflow-x: auto }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .87rem }
-td, th { padding: .28rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
-td:first-child, th:first-child { text-align: left } tr.ours td { background: var(--soft) }
-tr.value td { font-weight: 700; border-bottom: 0 }
-nav { display: flex; flex-wrap: wrap; gap: .4rem; margin: .6rem 0 1rem } button { font: inherit; font-size: .87rem; padding: .2rem .7rem;
-border: 1px solid var(--line); border-radius: 1rem; background: none; color: inherit; cursor: pointer }
-button[aria-pressed=true] { background: var(--link); border-color: var(--link); color: #fff }
-article { border: 1px solid var(--line); border-radius: .6rem; padding: .9rem; margin-bottom: .9rem; display: grid; gap: .8rem;
-grid-template-columns: 15rem minmax(0, 1fr) } article.blind { grid-template-columns: minmax(0, 1fr) } article[hidden] { display: none }
-article img { max-width: 100%; border-radius: .3rem; display: block; margin-bottom: .3rem }
-.answers { display: grid; grid-template-columns: 1fr 1fr; gap: .7rem; margin-top: .8rem }
-.answers > div { border-top: 3px solid; padding-top: .4rem; min-width: 0 }
-.answers .chosen { border-color: var(--good) } .answers .rejected { border-color: var(--bad) }
-.text { white-space: pre-wrap; overflow-wrap: anywhere; max-height: 20rem; overflow-y: auto }
-.about { display: flex; flex-wrap: wrap; gap: .2rem .9rem; font-size: .87rem; margin-bottom: .3rem } .about b { color: var(--bad) }
-@media (max-width: 700px) { body { padding: .8rem } article, .answers { grid-template-columns: minmax(0, 1fr) }
-article img { max-height: 16rem } td:first-child { white-space: normal; min-width: 7rem } }
-</style><h1>$title</h1><p class="$warn">$first</p><div class="scroll">$main</div>$notes
-<h2>Does it look, does it count words, is it as often right as it says</h2><div class="scroll">$rest</div>
-<h2>The worst mistakes first</h2><p class="soft">$shown</p><nav>$filters</nav>$cards<p class="soft">$receipt</p><script>
-const show = name => { document.querySelectorAll("article").forEach(a => a.hidden = name && a.dataset.category != name);
-  document.querySelectorAll("nav button").forEach(b => b.setAttribute("aria-pressed", b.dataset.category == name)) };
-document.querySelectorAll("nav button").forEach(b => b.onclick = () => { location.hash = encodeURIComponent(b.dataset.category) });
-(onhashchange = () => show(decodeURIComponent(location.hash.slice(1))))();
+PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string("""
+<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{{ title }}</title><style>
+:root { color-scheme: light dark; --line: 1px solid #8886 } [hidden] { display: none !important }
+body { font: 15px/1.5 system-ui, sans-serif; margin: auto; padding: 1rem; max-width: 1200px; overflow-wrap: anywhere }
+table { border-collapse: collapse; display: block; overflow-x: auto; white-space: nowrap; font-size: .87em }
+td { padding: .3em .6em; border-bottom: var(--line); text-align: right } td:first-child { text-align: left }
+tr:first-child, .bold { font-weight: bold; background: #8882 } .soft { opacity: .75; font-size: .87em }
+button { font: inherit; margin: .2em; border: var(--line); border-radius: 1em; background: none }
+button[aria-pressed=true] { background: #2563eb; color: white } svg { max-width: 100%; height: auto }
+article { display: flex; flex-wrap: wrap; align-items: start; gap: 1em; padding: 1em; margin: 1em 0 }
+article { border: var(--line) } article img { width: 15em } article div { flex: 1 1 20em; min-width: 0 }
+.answers { display: grid; gap: 1em; grid-template-columns: repeat(auto-fit, minmax(min(26em, 100%), 1fr)) }
+.answers > div { border-top: 3px solid #8886 } .answers > .chosen { border-color: #2b9a5f }
+.answers > .rejected { border-color: #dc4448 } .text, pre { white-space: pre-wrap; max-height: 20em; overflow-y: auto }
+h1 { font-size: 1.4em } </style><h1>{{ title }}</h1>
+{% for section in sections %}
+{% if section.heading %}<h2>{{ section.heading }}</h2>{% endif %}
+{% for line in section.text %}<p class="soft">{{ line }}</p>{% endfor %}
+<table>{% for row in section.table %}<tr{% if row[0] == section.bold %} class="bold"{% endif %}>
+{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}</table>
+{{ section.html }}
+{% set groups = section.cards | groupby("category", case_sensitive=true) %}
+{% for name, cards in [("", section.cards)] + groups if groups | length > 1 %}
+<button data-category="{{ name }}" onclick="show(dataset.category)">{{ name or "all" }} {{ cards | length }}</button>
+{% endfor %}
+{% for card in section.cards %}<article data-category="{{ card.category }}">
+{% for uri in card.pictures %}<img alt="" src="{{ uri }}">{% endfor %}
+<div><b>{{ card.facts | join(" · ") }}</b><div class="text">{{ card.text }}</div><div class="answers">
+{% for answer in card.answers %}<div class="{{ answer.name }}"><div class="soft">{{ answer.facts | join(" · ") }}</div>
+<div class="text">{{ answer.text }}</div></div>{% endfor %}</div></div></article>{% endfor %}
+{% if section.pre %}<pre>{{ section.pre }}</pre>{% endif %}
+{% endfor %}<script>
+function show(category) {
+  for (const card of document.querySelectorAll("article")) card.hidden = category && card.dataset.category != category;
+  for (const button of document.querySelectorAll("button")) button.ariaPressed = button.dataset.category == category;
+}
+show("");
 </script></html>
 """)
 
+def page(title: str, sections: list[dict]) -> str:
+    """An HTML page that needs no network and runs nothing of what it shows: all but Markup is escaped.
 
-def thumbnails(source) -> str:
-    """The picture itself inside <img>, as a JPEG of at most 448 pixels; of a video four frames."""
+    A section's keys, each optional, in the order they are shown: heading; text, paragraphs; table, rows of strings;
+    bold, the first cell of a row to stress; html, Markup; cards, with buttons to filter them: {category, pictures
+    (data URIs), facts, text, answers: [{name (chosen is green, rejected red), facts, text}]}; pre, a text as it is.
+    """
+    return PAGE.render(title=title, sections=sections).encode("utf-8", "replace").decode()
+
+def thumbnails(source) -> list[str]:
+    """The picture as a JPEG of at most 448 pixels in a data URI; of a video four frames."""
     out = []
     for image in open_frames(source, 4) if is_video(source) else [open_image(source)]:
         image.thumbnail((448, 448))
-        file = io.BytesIO()
-        image.save(file, "JPEG", quality=82)
-        out.append(f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}">')
-    return "".join(out)
+        image.save(file := io.BytesIO(), "JPEG", quality=82)
+        out.append(f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}")
+    return out
 
+def mistakes(found: list[dict], rows, worst: int) -> tuple[list[dict], int]:
+    """Cards of the pairs with the most negative margin, and how many pairs are wrong."""
+    good = [row for row in found if "error" not in row]
+    wrong = [(margin, row["row"], winner, loser) for row, winner, loser, margin in margins(good) if margin <= 0]
+    cards = []
+    for margin, number, winner, loser in sorted(wrong)[:worst]:
+        row, c = found[number - 1], rows[number - 1]
+        messages = [f"{m['role']}: {m['content']}" for m in to_messages(c.prompt, c.images)]
+        answers = [{"name": name, "facts": [name, f"reward {row['rewards'][k]:.3f}"], "text": c.responses[k]}
+                   for name, k in (("chosen", winner), ("rejected", loser))]
+        cards.append({"category": row["category"] or "no category", "text": "\n\n".join(messages), "answers": answers,
+                      "facts": [f"margin {margin:.3f}", row["category"], row["id"], f"row {number}"],
+                      "pictures": [uri for image in c.images for uri in thumbnails(image)]})
+    return cards, len(wrong)
 
-def html_table(table: list[list[str]], ours: str = "") -> str:
-    at = [row[0] for row in table].index(ours) if ours else len(table)  # the first of three lines
-    kinds = {at: "ours value", at + 1: "ours", at + 2: "ours"}
-    return "<table>" + "".join(f'<tr class="{kinds.get(i, "")}">' + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
-                               for i, row in enumerate(table) for tag in ["td" if i else "th"]) + "</table>"
+def leave(out: Path, facts: dict, found: list[dict], rows, cfg: "Config") -> tuple[dict, str]:
+    """summary.json, table.md and report.html of one folder; returns its figures and the text of its tables."""
+    benchmark, name = facts["benchmark"], " + ".join(Path(model).name for model in facts["model"])
+    summary, notes = summarise(benchmark, found, cfg.grouping), NOTES.get(benchmark, [])
+    table, rest = tables(summary, benchmark, name)
+    complete = summary["rows"] == summary["expected"]
+    count = "{rows:,} rows" if complete else "{rows:,} OF {expected:,} ROWS ({missing:.200})"
+    count = (count + ", {prompts:,} prompts, {pairs:,} pairs, {ties:,} ties").format(**summary)
+    first = printable(f"{out.name} ({benchmark}, {cfg.grouping} grouping): {count}")
+    receipt = "{command} · commit {commit} · {date} · {hardware} · {dtype} · {seconds} s".format(**facts)
+    text = printable("\n\n".join([first, markdown(table), *notes, markdown(rest), receipt]))
+    write_text(out / "summary.json", json.dumps(facts | summary, indent=1) + "\n")
+    write_text(out / "table.md", text + "\n")
+    if rows:
+        cards, wrong = mistakes(found, rows, cfg.worst)
+        shown = f"{len(cards)} of the {wrong:,} wrong among {summary['pairs']:,} pairs; margin: chosen less rejected"
+        write_text(out / "report.html", page(f"{name} on {first}", [
+            {"text": [*notes, receipt], "table": table, "bold": name},
+            {"heading": "Does it look, does it count words, is it as often right as it says", "table": rest},
+            {"heading": "The worst mistakes first", "text": [shown], "cards": cards}]))
+    return summary["figures"], text
 
-
-def report(summary: dict, facts: dict, predictions: list[dict], rows: list, worst: int, name: str) -> str:
-    """One page that needs no network: the tables, then the pairs with the most negative margin."""
-    wrong = sorted((p["rewards"][w] - p["rewards"][l], i, w, l) for i, p in enumerate(predictions) if "error" not in p
-                   for w, l in p["pairs"] if p["rewards"][w] <= p["rewards"][l])
-    cards, counts, say = [], {}, html.escape
-    for margin, i, w, l in wrong[:worst]:
-        p, c = predictions[i], rows[i][1]
-        category = say(p["category"] or "all")
-        counts[category] = counts.get(category, 0) + 1
-        messages, pictures = to_messages(c.prompt, list(c.images)), "".join(map(thumbnails, c.images))
-        text = "\n\n".join((f"{m['role']}: " if len(messages) > 1 else "") + MARK.sub("", m["content"]).strip() for m in messages)
-        answers = "".join(f'<div class="{kind}"><div class="about"><span>{kind}</span><span>reward {p["rewards"][k]:.3f}</span></div>'
-                          f'<div class="text">{say(c.responses[k])}</div></div>' for kind, k in (("chosen", w), ("rejected", l)))
-        about = f"<b>margin {margin:.3f}</b><span>{category}</span><span>{say(p['id'])}</span><span>row {p['row']}</span>"
-        cards.append(f'<article class="{"" if pictures else "blind"}" data-category="{category}">'
-                     f'{f"<div>{pictures}</div>" if pictures else ""}<div><div class="about">{about}</div>'
-                     f'<div class="text">{say(text)}</div><div class="answers">{answers}</div></div></article>')
-    buttons = [("", "all", len(cards)), *((c, c, n) for c, n in sorted(counts.items()))]
-    first, main, rest = tables(summary, facts["benchmark"], name)
-    return PAGE.substitute(
-        title=say(f"{name} on {facts['benchmark']}"), first=say(first), warn="warn" if summary["missing"] else "",
-        notes="".join(f'<p class="soft">{say(note)}</p>' for note in footing(facts["benchmark"], summary["grouping"])),
-        main=html_table(main, name), rest=html_table(rest), cards="".join(cards), receipt=say(receipt_line(facts)),
-        shown=f"{len(cards)} of the {len(wrong):,} wrong among {summary['pairs']:,} pairs. margin = reward(chosen) - reward(rejected)",
-        filters="".join(f'<button data-category="{value}">{label} {n}</button>' for value, label, n in buttons))
-
-
-def receipt_line(facts: dict) -> str:
-    return f"{facts['command']} · commit {facts['commit']} · {facts['date']} · {facts['hardware']} · {facts['seconds']:.0f} s"
-
-
-# ---------------------------------------------------------------------------------------------------------------------------------
-# 10  Curves
-
-
-def draw_curves(file, title: str, panels: list) -> None:
-    """An SVG picture with one panel per entry of `panels`: (heading, {name: [(x, y), ...]}, {name: y of a dashed line})."""
-    colours, width, height, gap = ("#1f5fbf", "#d2691e", "#2e8b57", "#8b3a8b", "#555555", "#b22222"), 380, 220, 60
-    size = (len(panels) * (width + gap) + gap, height + 110)
-    out = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{size[0]}" height="{size[1]}" viewBox="0 0 {size[0]} {size[1]}" '
-           f'font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="white"/>'
-           f'<text x="{gap}" y="24" font-size="15" font-weight="bold">{title}</text>']
-    for number, (heading, series, lines) in enumerate(panels):
-        left, top = gap + number * (width + gap), 60
-        points = [p for line in series.values() for p in line if p[1] == p[1] and abs(p[1]) < 1e30]
-        xs, ys = [p[0] for p in points] or [0, 1], [p[1] for p in points] + list(lines.values()) or [0, 1]
-        x0, x1, y0, y1 = min(xs), max(xs), min(ys), max(ys)
-        x1, y1 = (x1 if x1 > x0 else x0 + 1), (y1 if y1 > y0 else y0 + 1)
-
-        def place(x, y):
-            return left + (x - x0) / (x1 - x0) * width, top + height - (y - y0) / (y1 - y0) * height
-
-        out.append(f'<text x="{left}" y="{top - 10}">{heading}</text>'
-                   f'<rect x="{left}" y="{top}" width="{width}" height="{height}" fill="none" stroke="#ccc"/>')
-        for value, y in ((y1, top + 4), (y0, top + height)):
-            out.append(f'<text x="{left - 6}" y="{y}" text-anchor="end" fill="#555">{value:.3g}</text>')
-        for value, x, anchor in ((x0, left, "start"), (x1, left + width, "end")):
-            out.append(f'<text x="{x}" y="{top + height + 16}" text-anchor="{anchor}" fill="#555">{value:g}</text>')
-        for name, y in lines.items():
-            (ax, ay), (bx, _) = place(x0, y), place(x1, y)
-            out.append(f'<line x1="{ax:.1f}" y1="{ay:.1f}" x2="{bx:.1f}" y2="{ay:.1f}" stroke="#999" stroke-dasharray="4 3"/>'
-                       f'<text x="{bx:.1f}" y="{ay - 4:.1f}" text-anchor="end" fill="#777">{name}</text>')
-        for c, (name, line) in enumerate(series.items()):
-            path = " ".join("{:.1f},{:.1f}".format(*place(*p)) for p in line if p in points)
-            colour = colours[c % len(colours)]
-            out.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
-                       f'<text x="{left + 120 * (c % 3)}" y="{top + height + 32 + 14 * (c // 3)}" fill="{colour}">{name}</text>')
-    write_text(Path(file), "\n".join(out) + "\n</svg>\n")
-
-
-# ---------------------------------------------------------------------------------------------------------------------------------
-# The command line
-
+# The command line -----------------------------------------------------------------------------------------------------
+DRAWN = 800  # as train.py holds out unless it is told otherwise (--eval_size)
 
 @dataclass(frozen=True)
 class Config:
-    model: list[str] = HfArg(default_factory=list, help="saved reward models (the --out of train.py); several are an ensemble")
-    benchmark: str = HfArg(default="comparisons", help=f"comparisons, {', '.join(BENCHMARKS)}")
-    data: list[str] = HfArg(default_factory=list, help="file, folder or hub id; comparisons: folders, or none for drawn pictures")
-    out: str = HfArg(default="", help="folder for the results; none: evaluation/BENCHMARK in the (first) model's folder")
-    grouping: str = HfArg(default="official", help="vl-rewardbench: official, or paper as BaseReward's and R1-Reward's rows are grouped")
-    ensemble: str = HfArg(default="average", help="average, or by accuracy or confidence on --validation")
-    validation: str = HfArg(default="", help="folder of held-out comparisons to weigh the members by (the paper takes 1,000 pairs)")
+    model: list[str] = HfArg(default_factory=list, help="saved reward models (--out of train.py); several: an ensemble")
+    data: list[str] = HfArg(default_factory=list, help="data folders, benchmarks among them; none: drawn comparisons")
+    out: str = HfArg(default="", help="folder for the results; none: evaluation/ in the (first) model's folder")
+    grouping: Literal["official", "paper"] = HfArg(default="official", help="of VL-RewardBench's ids")
+    ensemble: Literal["average", "accuracy", "confidence"] = HfArg(default="average", help="how members are weighed")
+    validation: str = HfArg(default="", help="folder to weigh the members by (the paper takes 1,000 pairs)")
     route: bool = HfArg(default=False, help="prompts without images go to the text-only members alone")
     probe: bool = HfArg(default=True, help="score twice more, with images removed and shuffled")
-    rescore: str = HfArg(default="", help="a predictions.jsonl: every table from it, without a model; with --data also report.html")
+    rescore: list[str] = HfArg(default_factory=list, help="files predictions.jsonl: tables without a model")
     worst: int = HfArg(default=100, help="mistakes shown in report.html")
-    on_bad_row: str = HfArg(default="stop", help="stop, or skip and say how many rows are missing")
-    pack_tokens: int = HfArg(default=0, help="tokens in a pack; 0: 16,384 on a GPU, 1,024 on a CPU, which gains nothing from long rows")
-
-
-def read_predictions(file: Path) -> tuple[dict, list[dict]]:
-    try:
-        facts, *predictions = [json.loads(line) for line in file.read_text().splitlines()]
-        return facts | {"benchmark": facts["benchmark"], "model": facts["model"]}, [row | {"row": row["row"]} for row in predictions]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BadRow(f"--rescore {file} is not the predictions.jsonl of an earlier run: {type(error).__name__} {error}") from None
-
+    on_bad_row: Literal["stop", "skip"] = HfArg(default="stop", help="skip: and say how many rows are missing")
+    pack_tokens: int = HfArg(default=0, help="tokens in a pack; 0: 16,384 on a GPU, 1,024 on a CPU")
+    dtype: Literal["auto", "bf16", "fp32"] = HfArg(default="auto", help="of weights; auto: bf16 on a GPU, else fp32")
 
 def main(cfg: Config) -> None:
-    allowed = {"benchmark": ("comparisons", *BENCHMARKS), "grouping": ("official", "paper"), "on_bad_row": ("stop", "skip"),
-               "ensemble": ("average", "accuracy", "confidence")}
-    for name, values in allowed.items():
-        if getattr(cfg, name) not in values:
-            raise BadRow(f"--{name} {getattr(cfg, name)!r}: want one of {', '.join(values)}")
+    check_numbers(cfg, not_negative=("worst", "pack_tokens"))
     if not cfg.model and not cfg.rescore:
-        raise BadRow("--model DIR is missing: a saved reward model, such as runs/default after train.py")
-
-    # 1  predictions: read, or made
-    world, started, rows = setup(), time.time(), []
-    if cfg.rescore:
-        facts, predictions = read_predictions(Path(cfg.rescore))
-        out = Path(cfg.out or Path(cfg.rescore).parent)
-        rows = read_benchmark(facts["benchmark"], cfg.data, cfg.on_bad_row) if cfg.data else []
-        if rows and (len(rows) != len(predictions) or any("id" in p and isinstance(c, Comparison) and p["id"] != c.id
-                                                          for p, (_, c) in zip(predictions, rows))):
-            raise BadRow(f"--data holds {len(rows)} rows, {cfg.rescore} {len(predictions)}, or others: not the same benchmark")
-    else:
-        out = Path(cfg.out or Path(cfg.model[0]) / "evaluation" / (cfg.benchmark + "-ensemble" * (len(cfg.model) > 1)))
-        predictions, rows, weights = score(cfg, world, out)
-        facts = receipt(cfg, world, time.time() - started) | {"weights": weights}
-        if world.rank == 0:  # first of all, so that nothing below can lose them
-            write_text(out / "predictions.jsonl", "\n".join(json.dumps(row) for row in [facts, *predictions]) + "\n")
-            shutil.rmtree(out / ".partial", ignore_errors=True)
-    world.close()
-    if all("error" in row for row in predictions):
-        raise BadRow(f"not one of {len(predictions)} rows could be scored; the first: {predictions[0]['error']}")
-    if world.rank > 0:
-        return
-
-    # 2  tables
-    name, benchmark = " + ".join(Path(model).name for model in facts["model"]), facts["benchmark"]
-    summary = summarise(benchmark, predictions, cfg.grouping)
-    first, main_table, rest = tables(summary, benchmark, name)
-    text = "\n\n".join([first, markdown(main_table), *footing(benchmark, cfg.grouping), markdown(rest), receipt_line(facts)])
-
-    # 3  files
-    files = {"summary.json": json.dumps(facts | summary, indent=1), "table.md": text}
-    if rows:
-        files["report.html"] = report(summary, facts, predictions, rows, cfg.worst, name)
-    out.mkdir(parents=True, exist_ok=True)
-    for file, content in files.items():
-        write_text(out / file, content + "\n")
-    print(f"{text}\n\nwrote {', '.join(sorted([*files, *['predictions.jsonl'] * (not cfg.rescore)]))} into {out}")
-    if not rows and (out / "report.html").exists():
-        print("report.html there is an earlier one: --rescore makes it anew with --data")
-
+        raise ValueError("--model DIR is missing: a saved reward model, such as runs/default after train.py")
+    device, texts, folders, values = start_processes(), [], {}, {}
+    for out, facts, found, rows in rescored(cfg) if cfg.rescore else score(cfg, device):
+        if dist.get_rank() == 0:
+            if not cfg.rescore:  # first of all, so that nothing below can lose them
+                write_text(out / "predictions.jsonl", "".join(json.dumps(row) + "\n" for row in [facts, *found]))
+            folders[out.name], text = leave(out, facts, found, rows, cfg)
+            say(f"{text}\n\nwrote it into {out}\n")
+            texts.append(text)
+            values |= {(facts["benchmark"], name): f["value"] for name, f in folders[out.name].items()}
+    if len(texts) > 1:
+        means = averages(values)
+        table = [["average as in the paper's Table 6", "value"], *([name, f"{v:.1f}"] for name, v in means.items())]
+        if means:
+            texts.append(markdown(table))
+            say(texts[-1])
+        write_text(out.parent / "table.md", "\n\n".join(texts) + "\n")
+        write_text(out.parent / "summary.json", json.dumps({"averages": means, "folders": folders}, indent=1) + "\n")
 
 if __name__ == "__main__":
-    try:
-        main(HfArgumentParser(Config, prog="evaluate.py").parse_args_into_dataclasses()[0])
-    except (ValueError, OSError) as error:
-        sys.exit(f"evaluate.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("evaluate.py: stopped; the same command goes on from here")
+    command_line(main, Config, "evaluate.py")

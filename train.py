@@ -1,191 +1,211 @@
-"""Trains a multimodal reward model on preference pairs: BaseReward (arXiv 2509.16127), sections 3 and 4, in one plain PyTorch loop.
+"""Trains a multimodal reward model on preference pairs: BaseReward (arXiv 2509.16127), sections 3 and 4.
 
-    torchrun train.py                                                   a tiny model on drawn pictures: two CPU cores, under five minutes
-    torchrun train.py --data FOLDER --out runs/mine                     the same tiny model on your own rows (format: data.py)
+Read: `main` and on to the double line, 12 minutes, after Comparison, pack, pairwise_loss (model.py), Order (data.py).
+
+    torchrun train.py                                           a tiny model on drawn pictures: two CPU cores, 2 minutes
+    torchrun train.py --data FOLDER --out runs/mine             the same tiny model on your own rows (format: data.py)
     torchrun --nproc_per_node 8 train.py --backbone Qwen/Qwen2.5-VL-7B-Instruct --shard --gradient_checkpointing \\
-             --data FOLDER OTHER:2.0 --out runs/7b                      the real thing
-    torchrun train.py --resume                                          goes on where a stopped run left off
+             --data FOLDER OTHER:2.0 --out runs/7b              the real thing; OTHER is seen twice
+    torchrun train.py --resume                                  goes on where a stopped run left off
 
-`python train.py` is the same with one process. What it writes into --out:
+Into --out go the reward model (RewardModel.from_pretrained loads it), metrics.jsonl, a line a step, its picture
+curve.svg, summary.json with the accuracy on held-out comparisons, and checkpoint.pt of an unfinished run.
 
-    reward model      config.json, model*.safetensors, head.safetensors, reward_config.json, tokenizer ...: RewardModel.from_pretrained(out)
-    metrics.jsonl     one line a step; curve.svg is its picture
-    summary.json      accuracy on held-out comparisons, by category, and with the images shuffled: a model that looks falls, on drawn
-                      pictures to one half, on yours to what the texts alone tell
-    checkpoint.pt     weights, optimiser and step of an unfinished run
+Several processes. torchrun starts this script once for each GPU and tells each its *rank*: 0, 1 ... *world_size* - 1.
+Every rank holds the model and takes its share of a step's rows; before the optimiser moves, the ranks add up their
+gradients, so that all take the same step and stay equal. `python train.py` is a world of one. A step is the same in
+every world: (seed, step) name its pairs, and its loss is the sum over them on all ranks divided by their number.
 
-One step, whatever the number of ranks: its pairs are fixed by (seed, step) alone; the loss is the sum over all of them on all ranks
-divided by their number, however they fall into packs, micro-steps and ranks.
-
-Where this differs from the paper, or where the paper is silent. Optimiser, schedule, epochs, weight decay, maximum length, resolution and
-whether the vision tower is trained are not given there. We take AdamW (0.9, 0.95), 5% warm-up then cosine to zero, one epoch, no decay,
-16,384 tokens a comparison, 1280 tokens an image as transformers has it, and train everything. Rate and batch (3e-6, 128 pairs) are
-the paper's.
+Where the paper is silent: optimiser, schedule, epochs, weight decay, maximum length, resolution, and whether the vision
+tower is trained. We take AdamW (0.9, 0.99), 5% warm-up then cosine to zero, one epoch, no decay, 16,384 tokens a
+comparison, 1,280 tokens an image as transformers has it, and train everything. Rate and batch are the paper's.
 """
+import argparse
+import atexit
 import contextlib
-import itertools
 import json
 import math
 import os
+import re
+import signal
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from statistics import fmean
+from types import SimpleNamespace
+from typing import Literal
+from xml.sax.saxutils import escape
 
+import filelock
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_model_state_dict,
-                                                     set_optimizer_state_dict)
-from torch.distributed.device_mesh import init_device_mesh
+import torch.distributed.checkpoint.state_dict as dcp
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
-
-from data import BadRow, Order, StopSignal, World, claim_folder, read_comparisons, setup, synthetic, write_state, write_text
-from evaluate import accuracy, draw_curves, score_all, shuffle_images
-from model import Comparison, RewardModel, encode, fill_packs, pack, pairwise_loss, recompute_activations, tiny_backbone
-
-LOG2 = math.log(2)  # the loss of a model that knows nothing
-LEFTOVER = ("metrics.jsonl", "tiny_backbone", "checkpoint.pt.partial")  # of a run that ended before its first checkpoint
-
+from data import BadRow, Order, encode_row, read_comparisons, shuffle_images, synthetic
+from model import (Comparison, Pack, RewardModel, fill_packs, one_ahead, pack, pairwise_loss, recompute_activations,
+                   remove, replacing, tiny_backbone)
 
 @dataclass(frozen=True)
 class Config:
-    backbone: str = HfArg(default="tiny", help="'tiny' (made on the spot), a folder, or a hub id such as Qwen/Qwen2.5-VL-7B-Instruct")
-    data: list[str] = HfArg(default_factory=list, help="data folders, with a weight if wanted: a b:2.0; none: drawn pictures (data.py)")
-    eval_data: list[str] = HfArg(default_factory=list, help="folders for the final accuracy; none: --data's held_out.jsonl, or rows of it")
-    eval_size: int = HfArg(default=800, help="comparisons for the final accuracy: drawn, from held_out.jsonl, or a tenth of --data at most")
+    backbone: str = HfArg(default="tiny", help="'tiny' (made on the spot), a folder, or Qwen/Qwen2.5-VL-7B-Instruct")
+    data: list[str] = HfArg(default_factory=list, help="data folders, with a weight if wanted: a b:2.0; none: drawn")
+    eval_data: list[str] = HfArg(default_factory=list, help="folders; none: held_out.jsonl of --data, or rows of it")
+    eval_size: int = HfArg(default=800, help="held-out comparisons: drawn, of held_out.jsonl, or a tenth of --data")
     out: str = HfArg(default="runs/default", help="run folder; the final reward model lies in it")
-    overwrite: bool = HfArg(default=False, help="delete what --out holds and start anew")
+    overwrite: bool = HfArg(default=False, help="delete the run that --out holds and start anew")
     resume: bool = HfArg(default=False, help="go on from the checkpoint in --out")
-    seed: int = HfArg(default=0, help="of the head, of the order of the data, and of the tiny backbone and its pictures")
+    seed: int = HfArg(default=0, help="of the head, the data's order, the tiny backbone and its pictures")
     train_size: int = HfArg(default=14000, help="number of drawn comparisons, where --data is not given")
-    batch_size: int | None = HfArg(default=None, help="pairs per optimiser step over all ranks; 128 (paper), 32 for tiny")
+    batch_size: int | None = HfArg(default=None, help="pairs per step over all ranks; 128 (paper), 32 for tiny")
     lr: float | None = HfArg(default=None, help="peak learning rate; 3e-6 (paper, section 4.1), 6e-4 for tiny")
     epochs: float = HfArg(default=1.0, help="passes over the data (paper: not given)")
-    max_steps: int | None = HfArg(default=None, help="stop after so many steps; the schedule ends there too")
-    warmup: float = HfArg(default=0.05, help="share of the steps in which the learning rate rises from 0 (paper: not given)")
+    max_steps: int | None = HfArg(default=None, help="end after so many steps; 0: save the model untrained")
+    warmup: float = HfArg(default=0.05, help="share of the steps in which the rate rises from 0 (paper: not given)")
     weight_decay: float = HfArg(default=0.0, help="AdamW's decoupled decay (paper: not given)")
     clip: float = HfArg(default=1.0, help="largest gradient norm (paper: not given)")
     head_layers: int = HfArg(default=2, help="linear layers of the reward head (Table 2: 2 is best)")
-    head_activation: str = HfArg(default="silu", help="between them: silu, tanh, relu or none (Table 2: silu is best)")
-    zero_coef: float = HfArg(default=0.0, help="lambda of Algorithm 1's zero-coefficient term (section 4.3: it hurts)")
-    length_norm: bool = HfArg(default=False, help="Algorithm 1's division of rewards by log(length + 1) (section 4.3: it hurts)")
-    freeze_vision: bool = HfArg(default=False, help="do not train the vision tower and its merger (paper: not given)")
-    gradient_checkpointing: bool = HfArg(default=False, help="recompute activations in the backward pass: less memory, a third more time")
-    shard: bool = HfArg(default=False, help="split weights, gradients and optimiser over the ranks (FSDP2); the 7B needs it on 80 GB GPUs")
-    max_pixels: int | None = HfArg(default=None, help="most pixels of an image, 28 x 28 a token; 1003520 (transformers'), 12544 for tiny")
-    pack_tokens: int | None = HfArg(default=None, help="tokens in a pack; a longer comparison is dropped, never cut; 16384, 1024 for tiny")
-    on_bad_row: str = HfArg(default="stop", help="stop at a row that cannot be used, or skip it and count it")
-    eval_every: int = HfArg(default=200, help="steps between accuracies on 100 held-out comparisons; 0: only at the end")
-    save_every: int = HfArg(default=500, help="steps between checkpoints; 0: only when stopped")
+    head_activation: Literal["silu", "tanh", "relu", "none"] = HfArg(default="silu", help="between them (Table 2)")
+    zero_coef: float = HfArg(default=0.0, help="lambda of Algorithm 1's zero coefficient (section 4.3: it hurts)")
+    length_norm: bool = HfArg(default=False, help="Algorithm 1's division by log(length + 1) (section 4.3: it hurts)")
+    freeze_vision: bool = HfArg(default=False, help="do not train vision tower and merger (paper: not given)")
+    gradient_checkpointing: bool = HfArg(default=False, help="compute activations twice: less memory, a third slower")
+    shard: bool = HfArg(default=False, help="split weights and optimiser over the ranks (FSDP2); the 7B needs it")
+    max_pixels: int | None = HfArg(default=None, help="of an image, 28 x 28 a token; 1003520, 12544 for tiny")
+    pack_tokens: int | None = HfArg(default=None, help="of a pack; longer comparisons drop; 16384, 1024 for tiny")
+    on_bad_row: Literal["stop", "skip"] = HfArg(default="stop", help="stop at a row that cannot be used, or count it")
+    eval_every: int = HfArg(default=200, help="steps between accuracies on 100 held-out comparisons; 0: at the end")
+    save_every: int = HfArg(default=500, help="steps between checkpoints; 0: one at the end, or when stopped")
 
     def resolved(self) -> "Config":
-        """With the defaults that depend on the backbone filled in, and nonsense refused."""
-        own = (dict(lr=6e-4, batch_size=32, max_pixels=112 * 112, pack_tokens=1024) if self.backbone == "tiny" else
-               dict(lr=3e-6, batch_size=128, max_pixels=1280 * 28 * 28, pack_tokens=16384))
-        cfg = replace(self, **{key: value for key, value in own.items() if getattr(self, key) is None})
-        for name in ("batch_size", "lr", "epochs", "clip", "max_pixels", "pack_tokens"):
-            if getattr(cfg, name) <= 0:
-                raise ValueError(f"--{name} {getattr(cfg, name)} must be above zero")
-        if cfg.on_bad_row not in ("stop", "skip"):
-            raise ValueError(f"--on_bad_row {cfg.on_bad_row!r}: want stop or skip")
-        return cfg
+        return resolve(self)  # with the defaults that depend on the backbone filled in, and nonsense refused
 
+def main(cfg: Config) -> int:
+    # 1  Processes and seed
+    begun, out, device = time.time(), Path(cfg.out), start_processes()
+    claim_folder(out, cfg.overwrite, cfg.resume)
+    torch.manual_seed(cfg.seed)
 
-# ---------------------------------------------------------------------------------------------------------------------------------
-# Data
+    # 2  Data: the sets to train on, how much of each, and what is held out
+    sets, weights, held = open_data(cfg)
+    pairs = [rows.pairs for rows in sets] if cfg.data else [[len(comparison.pairs) for comparison in sets[0]]]
+    order = Order(pairs, weights, cfg.batch_size, cfg.seed)
+    steps = order.steps(cfg.epochs) if cfg.max_steps is None else cfg.max_steps
 
+    # 3  Model: raw_model computes rewards, model is the same with an exchange of gradients around it
+    raw_model = make_model(cfg, sets).to(device).train()
+    held = check_held_out(held, raw_model.processor, cfg.on_bad_row)
+    model = distribute(raw_model, cfg.shard, torch.bfloat16 if device.type == "cuda" else None)
 
-def open_data(cfg: Config) -> tuple[list, list, list[float]]:
-    """(training sets, held-out comparisons, weight of each set). The embedded default is one set drawn with --seed."""
-    if not cfg.data:
-        return [synthetic(cfg.train_size, cfg.seed)], synthetic(cfg.eval_size, held_out=True), [1.0]
-    sets, weights = [], []
-    for item in cfg.data:
-        folder, colon, weight = item.rpartition(":")
-        if not colon or os.path.exists(item):
-            folder, weight = item, "1"
-        try:
-            weights.append(float(weight))
-        except ValueError:
-            raise ValueError(f"--data {item}: {weight!r} is not a weight; want FOLDER or FOLDER:2.0") from None
-        if not 0 < weights[-1] < 1000:
-            raise ValueError(f"--data {item}: the weight must be above zero")
-        sets.append(read_comparisons(folder))
-    held = [read_comparisons(folder) for folder in cfg.eval_data]
-    if not held:
-        total = sum(len(rows) for rows in sets)
-        for s, rows in enumerate(sets):  # each set gives its share, spread evenly over its rows
-            n, apart = math.ceil(cfg.eval_size * len(rows) / total), rows.folder / "held_out.jsonl"
-            if apart.is_file():  # whole prompts, from data.py --hold_out: none of them is in training with other responses
-                rest = read_comparisons(apart)
-                held.append(rest.only(spread(n, len(rest))))
-            else:
-                chosen = set(spread(min(n, len(rows) // 10), len(rows)))
-                held.append(rows.only(sorted(chosen)))
-                sets[s] = rows.only([i for i in range(len(rows)) if i not in chosen])
-    return sets, [c for rows in held for c in usable(rows, cfg.on_bad_row)], weights
+    # 4  Optimiser and resume
+    trained = [p for p in raw_model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, cfg.lr, betas=(0.9, 0.99), weight_decay=cfg.weight_decay, fused=True)
+    state = {"step": 0, "seconds": 0.0, "config": asdict(cfg), "rows": [len(rows) for rows in sets]}
+    state |= load_checkpoint(out, raw_model, optimizer, cfg, state["rows"])
+    begun -= state["seconds"]
+    say(f"{json.dumps(asdict(cfg))}\n{sum(state['rows']):,} comparisons, {len(held)} held out, {steps} steps; "
+        f"log 2 = {LOG2:.3f} is the loss of knowing nothing")
 
+    # 5  The loop: learning rate -> micro-steps -> clip -> step -> log -> evaluate -> checkpoint
+    filler = pack([Comparison("?", ["a", "b"], [(0, 1)])], raw_model.processor)
+    load = partial(load_step, order=order, sets=sets, processor=raw_model.processor, cfg=cfg)
+    status, bad_in_a_row, started = 0, 0, time.time()
+    with stop_signals() as told, Log(out, state["step"], steps) as log:
+        for share in one_ahead(load, range(state["step"], steps), device.type == "cuda"):
+            # What all ranks must agree upon: what to divide by, how many micro-steps to make, whether to go on
+            stop = share.status or (128 + told.number if told.number else 0)  # as a shell tells of a signal
+            counts = gather([share.pairs, share.tokens, share.bad_rows, share.too_long, len(share.packs), stop])
+            pairs, tokens, bad_rows, too_long = counts[:, :4].sum(dim=0).long().tolist()
+            micro_steps, status = counts[:, 4:].amax(dim=0).long().tolist()
+            if status:
+                break
+            optimizer.param_groups[0]["lr"] = lr = learning_rate(share.step, steps, cfg)
+            sums, norm = take_step(model, optimizer, share.packs, filler, micro_steps, pairs, cfg)
+            step = state["step"] = share.step + 1
+            loss, right, margin = (gather(sums).sum(dim=0) / max(pairs, 1)).tolist()
+            row = {"step": step, "loss": loss, "accuracy": right, "margin": margin, "grad_norm": norm, "lr": lr,
+                   "pairs": pairs, "tokens": tokens, "bad_rows": bad_rows, "too_long": too_long,
+                   "seconds": time.time() - started, "gpu_gb": torch.cuda.max_memory_allocated() / 1e9}
+            if held and cfg.eval_every and step % cfg.eval_every == 0 and step < steps:
+                row["eval_accuracy"] = examine(raw_model, held, cfg)
+            log.write(row)
+            bad_in_a_row = 0 if math.isfinite(norm) else bad_in_a_row + 1
+            if bad_in_a_row == 10:
+                say("train.py: ten steps in a row had a gradient that is not finite; take a lower --lr", sys.stderr)
+                status = 1
+                break
+            state["seconds"] = time.time() - begun
+            if step == steps or cfg.save_every and step % cfg.save_every == 0:
+                save_checkpoint(out, raw_model, optimizer, state)
+            started = time.time()
+        if status and state["step"]:
+            save_checkpoint(out, raw_model, optimizer, state)
+            say(f"train.py: {state['step']} steps are saved in {out}; --resume goes on from there", sys.stderr)
+    if told.number and not status:
+        signal.raise_signal(told.number)  # it came in the last step, of which all is saved: now it ends the process
 
-def spread(n: int, rows: int) -> list[int]:
-    """At most n of so many rows, at even distances."""
-    n = min(n, rows)
-    return [i * rows // n for i in range(n)]
+    # 6  Final report
+    return status or report(out, raw_model, held, begun, cfg)
 
+def load_step(step: int, order: Order, sets: list, processor, cfg: Config) -> SimpleNamespace:
+    """This rank's share of a step, read and packed. Rank r of w takes rows r, r + w, r + 2 w ... of those that (seed,
+    step) names: none is taken twice, none is left out, and no rank need ask another."""
+    good, bad_rows, too_long, status = [], 0, 0, 0
+    for s, i in order.step(step)[dist.get_rank()::dist.get_world_size()]:
+        item = encoded_or_error(sets[s], i, processor, "skip")
+        if isinstance(item, BadRow):
+            bad_rows += 1
+            if cfg.on_bad_row == "stop" and not status:
+                complain("train.py", str(item))
+                status = 1
+        elif item.tokens > cfg.pack_tokens:  # dropped, never cut: what was preferred may be what would be cut off
+            too_long += 1
+        else:
+            good.append(item)
+    packs = fill_packs([item.tokens for item in good], cfg.pack_tokens)
+    return SimpleNamespace(step=step, packs=[pack([good[m] for m in members]) for members in packs], status=status,
+                           pairs=sum(len(item.pairs) for item in good), tokens=sum(item.tokens for item in good),
+                           bad_rows=bad_rows, too_long=too_long)
 
-def usable(rows, on_bad_row: str):
-    """The rows that can be read; the first that cannot be stops the run, unless told to skip it."""
-    for i in range(len(rows)):
-        try:
-            yield rows[i]
-        except BadRow:
-            if on_bad_row == "stop":
-                raise
+def take_step(model, optimizer, packs: list[Pack], filler: Pack, micro_steps: int, pairs_in_step: int, cfg: Config):
+    """One step of the optimiser. Returns sums over this rank's pairs, [loss of equation (1), right pairs, margins], and
+    the norm of the gradient.
 
-
-# ---------------------------------------------------------------------------------------------------------------------------------
-# Checkpoints
-
-
-def save_checkpoint(out: Path, model, optimizer, world: World, state: dict) -> None:
-    """Writes out/checkpoint.pt under a temporary name and moves it into place: a kill at any moment leaves the previous one or this one.
-
-    Gathering is done by all ranks, writing by the first; a failed write is an OSError on all of them.
+    A micro-step is one pack forward and backward; gradients add up. A pack's loss is divided by the pairs of the whole
+    step, of all ranks and micro-steps, so that a pair weighs the same wherever it lies. Trap: a mean of means weighs
+    pairs in small packs more. The exchange takes the ranks' average, hence `world_size`, and waits for all of them, so
+    all make equally many micro-steps: a rank with fewer packs runs `filler`, at weight 0. The norm is that of the
+    exchanged gradient, the same on all ranks: if it is not finite, all skip the step.
     """
-    full = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = state | {"model": get_model_state_dict(model, options=full),
-                     "optimizer": get_optimizer_state_dict(model, optimizer, options=full)}
-    failure = write_state(out / "checkpoint.pt", state) if world.rank == 0 else ""
-    if failure := next(filter(None, world.gather_objects(failure)), ""):
-        raise OSError(failure)
-
-
-def load_checkpoint(file: Path, model, optimizer, cfg: Config) -> dict:
-    """Puts weights and optimiser back and returns the rest. ValueError if it was made under settings that shape the training otherwise."""
-    state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    free = {"out", "overwrite", "resume", "eval_data", "eval_every", "save_every", "gradient_checkpointing", "shard", "on_bad_row"}
-    now = asdict(cfg)
-    old = {key: value for key, value in state["config"].items() if key not in free}
-    if changed := [f"{key} was {value!r}, is {now.get(key)!r}" for key, value in old.items() if now.get(key) != value]:
-        raise ValueError(f"{file} belongs to another run: {'; '.join(changed)}. Use the same flags, or another --out")
-    try:
-        full = StateDictOptions(full_state_dict=True)
-        set_model_state_dict(model, state["model"], options=full)
-        set_optimizer_state_dict(model, optimizer, state["optimizer"], options=full)
-    except (RuntimeError, KeyError, ValueError) as error:
-        raise ValueError(f"{file} does not fit this model: {' '.join(str(error).split())[:200]}") from None
-    return {key: value for key, value in state.items() if key not in ("model", "optimizer")}
-
-
-# ---------------------------------------------------------------------------------------------------------------------------------
-# The loop's parts
-
+    world_size, trained = dist.get_world_size(), [p for p in model.parameters() if p.requires_grad]
+    sums = torch.zeros(3, dtype=torch.float64, device=trained[0].device)
+    for micro_step in range(micro_steps):
+        own = micro_step < len(packs)
+        batch = (packs[micro_step] if own else filler).to(sums.device)
+        wait = isinstance(model, DistributedDataParallel) and micro_step < micro_steps - 1
+        with model.no_sync() if wait else contextlib.nullcontext():  # DDP exchanges gradients once, at the end
+            rewards, lengths = model(batch), batch.response_length  # (R,) and (R,)
+            loss = pairwise_loss(rewards, batch.pairs, cfg.zero_coef, cfg.length_norm, lengths, pairs_in_step)
+            (loss * world_size * own).backward()
+        if own:
+            chosen, rejected = rewards.detach().double()[batch.pairs].T  # (B,) and (B,)
+            margin = chosen - rejected
+            sums += torch.stack([torch.nn.functional.softplus(-margin).sum(), (margin > 0).sum(), margin.sum()])
+    norm = torch.nn.utils.clip_grad_norm_(trained, cfg.clip)
+    norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # sharded: each rank has a part of it
+    if math.isfinite(norm):
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return sums.tolist(), norm
 
 def learning_rate(step: int, steps: int, cfg: Config) -> float:
-    """Rises in a straight line over the warm-up, then falls as half a cosine towards zero, which the step after the last would have.
+    """Rises in a straight line over the warm-up, then falls as half a cosine; the step after the last would have 0.
 
     >>> [round(learning_rate(s, 10, Config(lr=1.0, warmup=0.2)), 2) for s in (0, 1, 2, 6, 9)]
     [0.5, 1.0, 1.0, 0.5, 0.04]
@@ -195,304 +215,468 @@ def learning_rate(step: int, steps: int, cfg: Config) -> float:
         return cfg.lr * (step + 1) / rise
     return cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(steps - rise, 1)))
 
+# ======================================================================================================================
+# First reading ends here. Below: what a real run needs.
+# ======================================================================================================================
+LOG2 = math.log(2)  # the loss of a model that knows nothing
+LOCK = ".run.lock"  # in a run folder while a run is under way, and after one that was killed
+LOCKS = []  # of the run folders that this process claimed, held until it ends
+COLOURS = ("#1f5fbf", "#d2691e", "#2e8b57", "#8b3a8b", "#555555", "#b22222")  # of curves
+FULL = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered from all ranks, on the first
 
-def load_step(step: int, order: Order, sets: list, model: RewardModel, cfg: Config, world: World, threads) -> dict:
-    """This rank's share of a step, read and encoded on threads: its packs, how many pairs and tokens they hold, what was dropped by
-    reason, and the first bad row's message."""
+# Processes -----------------------------------------------------------------------------------------------------------
+def start_processes() -> torch.device:
+    """Joins the processes that torchrun announces in the environment, or makes a group of one. On GPUs if this machine
+    has one for each of its processes. Numbers that ranks tell each other go over gloo, and gradients over NCCL."""
+    gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
+    on_gpu = gpus >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if on_gpu:
+        torch.cuda.set_device(local)
+    if not dist.is_initialized():
+        alone = {} if "WORLD_SIZE" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        patience = timedelta(hours=2)  # all ranks wait while the first writes a checkpoint, 93 GB for the 7B
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=patience, **alone)
+        say(f"world size {dist.get_world_size()}, device {'cuda' if on_gpu else 'cpu'} ({gpus} GPUs in sight)")
+    return torch.device("cuda", local) if on_gpu else torch.device("cpu")
 
-    def encode_row(name):
-        rows, i = sets[name[0]], name[1]
-        try:
-            return encode(rows[i], model.tokenizer, model.image_processor)
-        except BadRow as error:
-            return error
-        except ValueError as error:
-            return rows.bad_row(i, error) if hasattr(rows, "bad_row") else BadRow(str(error))
+def end_processes() -> None:
+    if dist.is_initialized():
+        gather_objects(None)  # a rank that leaves early breaks the last message of another
+        dist.destroy_process_group()
 
-    encoded = list(threads.map(encode_row, order.step(step)[world.rank::world.world_size]))
-    bad = [e for e in encoded if isinstance(e, BadRow)]
-    good = [e for e in encoded if not isinstance(e, BadRow) and e.tokens <= cfg.pack_tokens]
-    long = len(encoded) - len(bad) - len(good)
-    packs = [pack([good[i] for i in members]) for members in fill_packs([e.tokens for e in good], cfg.pack_tokens)]
-    return {"packs": packs, "pairs": sum(len(e.pairs) for e in good), "tokens": sum(e.tokens for e in good),
-            "dropped": {"bad row": len(bad), f"longer than {cfg.pack_tokens} tokens": long}, "bad": str(bad[0]) if bad else ""}
+def say(text: str, stream=None) -> None:
+    """Prints on the first rank, above a progress bar if there is one."""
+    if dist.get_rank() == 0:
+        tqdm.write(text, file=stream)
 
+def gather_objects(item) -> list:
+    """Every rank's object, on every rank."""
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, item)
+    return everyone
 
-def take_step(model, packs: list, filler, cfg: Config, world: World, micro_steps: int, pairs_in_step: int) -> list[float]:
-    """Forward and backward over this rank's packs. Returns the sums of [loss of equation (1), right pairs, margins] over its pairs.
+def gather(values: list[float]) -> torch.Tensor:
+    """(world_size, len(values)) float64 on the CPU: every rank's numbers, on every rank."""
+    return torch.tensor(gather_objects(values), dtype=torch.float64)
 
-    All ranks make the same number of micro-steps: one that has fewer packs runs `filler` at weight 0, since a sharded model needs
-    every rank in every forward. DDP exchanges gradients at the last micro-step only; FSDP at each, or every rank would keep whole ones,
-    31 GB for the 7B. Both average over the ranks, while each rank's loss is already divided by the pairs of all: hence the factor
-    world_size.
+def from_first(item):
+    """The first rank's object, on every rank. All wait for all."""
+    return gather_objects(item)[0]
+
+def distribute(model: RewardModel, shard: bool, product_dtype: torch.dtype | None):
+    """A model whose backward pass leaves the ranks' average gradient: DDP, or with `shard` FSDP2, where each rank keeps
+    1/world_size of every layer's weights, gradients and moments, all fp32, and gathers a layer when it is needed.
+
+    product_dtype: in which weights of matrix products are gathered, bf16 where autocast would cast them anyway. Trap:
+    FSDP casts all weights of a layer, also those of norms, which autocast leaves alone: an update too small for bf16
+    would be saved and never felt. So what is no product is gathered apart and in fp32, as are embedding and head.
     """
-    sums = torch.zeros(3, dtype=torch.float64)
-    for micro in range(micro_steps):
-        batch, weight = (packs[micro], 1.0) if micro < len(packs) else (filler, 0.0)
-        batch = batch.to(world.device)
-        last = micro == micro_steps - 1
-        wait = model.no_sync() if isinstance(model, DistributedDataParallel) and not last else contextlib.nullcontext()
-        with wait:  # the forward goes through the wrapper, inside the same context as its backward
-            rewards = model(batch)
-            loss = pairwise_loss(rewards, batch.pairs, cfg.zero_coef, cfg.length_norm, batch.response_length, pairs_in_step)
-            (loss * (weight * world.world_size)).backward()
-        if weight:
-            margins = rewards.detach()[batch.pairs[:, 0]] - rewards.detach()[batch.pairs[:, 1]]
-            plain = pairwise_loss(rewards.detach(), batch.pairs, pairs_in_step=1)
-            sums += torch.stack([plain, (margins > 0).sum(), margins.sum()]).double().cpu()
-    return sums.tolist()
+    if not shard:
+        return DistributedDataParallel(model, gradient_as_bucket_view=True)
+    mesh = dist.init_device_mesh(model.device.type, (dist.get_world_size(),))
+    exact = MixedPrecisionPolicy(cast_forward_inputs=False)
+    products = MixedPrecisionPolicy(product_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    layers = list(getattr(model.backbone, "language_model", model.backbone).layers)
+    for layer in layers + list(model.backbone.visual.blocks if hasattr(model.backbone, "visual") else ()):
+        for part in list(layer.modules()):
+            if part._parameters and not isinstance(part, torch.nn.Linear):
+                fully_shard(part, mesh=mesh, mp_policy=exact)
+        fully_shard(layer, mesh=mesh, mp_policy=products)
+    return fully_shard(model, mesh=mesh, mp_policy=exact)
 
+@contextlib.contextmanager
+def stop_signals():
+    """Inside the block SIGTERM, SIGHUP (a lost terminal) and Ctrl-C are noted in .number, so that a step is finished
+    and saved. A second Ctrl-C ends the process at once; a second SIGTERM does not, since launchers send it twice."""
+    told, before = SimpleNamespace(number=0), {}
 
-def shard_model(model: RewardModel, world: World) -> None:
-    """FSDP2: every rank keeps 1/world_size of each layer's weights, gradients and moments and gathers a layer when it is needed."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    for p in model.head.parameters():  # drawn by each rank for itself; the backbone was read by all from the same file
-        dist.broadcast(p.data, 0)
-    mesh = init_device_mesh(world.device.type, (world.world_size,))
-    # Inputs are left as they are: autocast casts where a product is computed, and what flows between the layers stays fp32, as unsharded
-    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if world.device.type == "cuda" else None, reduce_dtype=torch.float32,
-                                cast_forward_inputs=False)
-    backbone = model.backbone
-    decoder = getattr(backbone, "language_model", backbone)
-    for layer in [*decoder.layers, *(backbone.visual.blocks if hasattr(backbone, "visual") else ())]:
-        fully_shard(layer, mesh=mesh, mp_policy=half)
-    fully_shard(model.head, mesh=mesh)  # fp32, as everywhere
-    fully_shard(model, mesh=mesh, mp_policy=half)
+    def note(number, _frame):
+        told.number = number
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
 
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP, and is to be obeyed
+            before[number] = signal.signal(number, note)
+    try:
+        yield told
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# Settings, data and model --------------------------------------------------------------------------------------------
+def resolve(cfg: Config) -> Config:
+    own = {"lr": 3e-6, "batch_size": 128, "max_pixels": 1280 * 28 * 28, "pack_tokens": 16384}
+    if cfg.backbone == "tiny":
+        own = {"lr": 6e-4, "batch_size": 32, "max_pixels": 112 * 112, "pack_tokens": 1024}
+    cfg = replace(cfg, **{name: value for name, value in own.items() if getattr(cfg, name) is None})
+    check_numbers(cfg, above_zero=[*own, "epochs", "clip", "train_size", "head_layers"],
+                  not_negative=["warmup", "weight_decay", "max_steps", "eval_size", "eval_every", "save_every"])
+    if cfg.warmup > 1 or cfg.epochs > 1000:
+        raise ValueError(f"--warmup {cfg.warmup:g} is a share, at most 1; --epochs {cfg.epochs:g}: at most 1000")
+    return cfg
 
+def check_numbers(cfg, above_zero=(), not_negative=()) -> None:
+    """ValueError that names the flag of a number that is not finite, beyond 1e12, or of the wrong sign. None passes."""
+    for name, value in vars(cfg).items():
+        if isinstance(value, (int, float)):
+            if not abs(value) <= 1e12:
+                raise ValueError(f"--{name} {str(value)[:20]}: want a number of at most 1e12")
+            if name in above_zero and value <= 0 or name in not_negative and value < 0:
+                raise ValueError(f"--{name} {value} must be {'above zero' if name in above_zero else 'at least zero'}")
 
-def main(cfg: Config, world: World) -> int:
-    # 1  Process and seed
-    out, begun, first = Path(cfg.out), time.time(), world.rank == 0
-    say = (lambda *text: tqdm.write(" ".join(map(str, text)))) if first else (lambda *text: None)
-    stop = StopSignal()
-    problem = claim_folder(out, cfg.overwrite, cfg.resume, "metrics.jsonl", LEFTOVER) if first else ""
-    if first and cfg.resume and (out / "summary.json").exists():
-        problem = problem or f"{out} holds a finished run: nothing to resume. Start another with a new --out, or with --overwrite"
-    if problem := next(filter(None, world.gather_objects(problem)), ""):
-        raise ValueError(problem)
-    torch.manual_seed(cfg.seed)
+def open_data(cfg: Config) -> tuple[list, list[float], list]:
+    """(training sets, the weight of each, held-out sets). Drawn pictures where --data names none."""
+    named = [re.fullmatch(r"(?s)(.*?)(?::(\d{1,3}(?:\.\d+)?))?", item).groups("1") for item in cfg.data]
+    sets, weights = [read_comparisons(folder) for folder, _ in named], [float(weight) for _, weight in named]
+    held, total = [read_comparisons(folder) for folder in cfg.eval_data], sum(map(len, sets))
+    if not sets:
+        return [synthetic(cfg.train_size, cfg.seed)], [1.0], held or [synthetic(cfg.eval_size, held_out=True)]
+    for s, rows in enumerate(sets if not cfg.eval_data else ()):  # each set gives its share, spread over its rows
+        n, apart = math.ceil(cfg.eval_size * len(rows) / total), rows.folder / "held_out.jsonl"
+        if apart.is_file():  # whole prompts, from data.py --hold_out: none is in training with other responses
+            rest = read_comparisons(apart)
+            held.append(rest.only(spread(n, len(rest))))
+        else:
+            chosen = spread(min(n, len(rows) // 10), len(rows))
+            held.append(rows.only(chosen))
+            sets[s] = rows.only(sorted(set(range(len(rows))) - set(chosen)))
+    return sets, weights, held
 
-    # 2  Data
-    sets, held, weights = open_data(cfg)
-    order = Order([s.pairs if hasattr(s, "pairs") else [len(c.pairs) for c in s] for s in sets], weights, cfg.batch_size, cfg.seed)
-    steps = order.steps(cfg.epochs) if cfg.max_steps is None else cfg.max_steps
-    if not held:
-        say("fewer than ten rows, so none is held out and there will be no accuracy; give --eval_data FOLDER")
+def spread(n: int, rows: int) -> list[int]:
+    """At most n of so many rows, at even distances."""
+    n = min(n, rows)
+    return [i * rows // n for i in range(n)]
 
-    # 3  Model
+def encoded_or_error(rows, i: int, processor, on_bad_row: str):
+    """Row i as Encoded. One that cannot be used raises BadRow, or gives it back if it is to be skipped."""
+    try:
+        return encode_row(rows, i, processor)
+    except BadRow as error:
+        if on_bad_row == "stop":
+            raise
+        return error
+
+def check_held_out(held: list, processor, on_bad_row: str) -> list[Comparison]:
+    """The held-out rows of all sets, each read and encoded once, shared out over the ranks: one that cannot be used is
+    named with file and line now, and not after days of training."""
+    places = [(rows, i) for rows in held for i in range(len(rows))]
+    mine = range(dist.get_rank(), len(places), dist.get_world_size())
+    bad = [k for k in mine if isinstance(encoded_or_error(*places[k], processor, on_bad_row), BadRow)]
+    bad = set().union(*gather_objects(bad))
+    return [rows[i] for k, (rows, i) in enumerate(places) if k not in bad]
+
+def make_model(cfg: Config, sets: list) -> RewardModel:
+    """A reward model on a pretrained backbone, or on a tiny one whose vocabulary is made from the data's texts."""
     path = cfg.backbone
     if path == "tiny":
-        path = out / "tiny_backbone"
-        if first:
-            sample = [f"{c.prompt} {' '.join(c.responses)}" for s in sets for c in itertools.islice(usable(s, cfg.on_bad_row), 2000)]
-            tiny_backbone(path, sample, cfg.seed)
-        world.barrier()
-    raw_model = RewardModel.from_backbone(path, cfg.head_layers, cfg.head_activation, cfg.max_pixels).to(world.device).train()
-    if cfg.freeze_vision and hasattr(raw_model.backbone, "visual"):
-        raw_model.backbone.visual.requires_grad_(False)
+        path = Path(cfg.out) / "tiny_backbone"
+        if dist.get_rank() == 0:
+            tiny_backbone(path, [text for rows in sets for text in texts_of(rows)], cfg.seed)
+        from_first(None)  # the others wait for it
+    torch.manual_seed(cfg.seed)  # every rank draws the same head
+    model = RewardModel.from_backbone(path, cfg.head_layers, cfg.head_activation, cfg.max_pixels)
+    if cfg.freeze_vision and hasattr(model.backbone, "visual"):
+        model.backbone.visual.requires_grad_(False)
     if cfg.gradient_checkpointing:
-        recompute_activations(raw_model.backbone)
-    parameters = sum(p.numel() for p in raw_model.parameters())
-    model, judges = raw_model, world
-    if cfg.shard and world.world_size > 1:
-        shard_model(raw_model, world)
-        judges = replace(world, rank=0, world_size=1)  # every rank scores everything: a sharded forward needs all of them each time
-    elif world.world_size > 1:
-        model = DistributedDataParallel(raw_model, device_ids=[world.local_rank] if world.device.type == "cuda" else None)
+        recompute_activations(model.backbone)
+    return model
 
-    # 4  Optimiser and resume
-    trained = [p for p in raw_model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=world.device.type == "cuda")
-    state = {"step": 0, "pairs_seen": 0, "seconds": 0.0, "dropped": {}, "bad_gradients": 0, "bad_in_a_row": 0, "recent_loss": []}
-    if cfg.resume and (out / "checkpoint.pt").exists():
-        state |= load_checkpoint(out / "checkpoint.pt", model, optimizer, cfg) | {"bad_in_a_row": 0}
-        if state.get("rows") != (rows := [len(s) for s in sets]):
-            raise ValueError(f"{out}/checkpoint.pt was trained on {state.get('rows')} rows, now there are {rows}: the order of the data "
-                             f"would be another. Give the same --data and --eval_data, or another --out")
-        say(f"going on from step {state['step']}")
-    elif cfg.resume:
-        say(f"{out} holds no checkpoint yet: starting from the beginning")
-    state |= {"config": asdict(cfg), "rows": [len(s) for s in sets]}
-    metrics = keep_metrics(out / "metrics.jsonl", state["step"]) if first else None
-    say(f"{json.dumps(asdict(cfg))}\n{parameters:,} parameters · {sum(map(len, sets)):,} comparisons to train on, {len(held)} held out · "
-        f"{steps} steps of about {cfg.batch_size} pairs over {world.world_size} rank{'s' * (world.world_size > 1)} · lr {cfg.lr:g} · "
-        f"log 2 is {LOG2:.3f}")
+def texts_of(rows):
+    """Prompt and responses of the first rows. What is wrong with one is said when it is trained on."""
+    for i in range(min(2000, len(rows))):
+        with contextlib.suppress(BadRow):
+            yield f"{rows[i].prompt} {' '.join(rows[i].responses)}"
 
-    # 5  The loop
-    threads, ahead = ThreadPoolExecutor(), ThreadPoolExecutor(1)  # `ahead` reads the next step while this one computes
-    arguments = (order, sets, raw_model, cfg, world, threads)
-    filler = pack([Comparison("?", ["a", "b"], [(0, 1)])], raw_model.tokenizer)
-    bar = tqdm(total=steps, initial=state["step"], disable=not first, dynamic_ncols=True, mininterval=0.5, desc="train")
-    pending, reason, code = ahead.submit(load_step, state["step"], *arguments), "", 0
-    try:
-        while state["step"] < steps:
-            step, started = state["step"], time.time()
-            batch = pending.result()
-            pending = ahead.submit(load_step, step + 1, *arguments)
-            # What every rank must agree on: pairs, micro-steps, whether somebody was told to stop or met a bad row.
-            bad = bool(batch["bad"]) and cfg.on_bad_row == "stop"
-            shared = world.gather([batch["pairs"], len(batch["packs"]), stop.number, bad])
-            pairs_in_step, micro_steps = int(shared[:, 0].sum()), int(shared[:, 1].max())
-            if shared[:, 3].any():
-                reason, code = next(filter(None, world.gather_objects(batch["bad"]))), 1
-            elif shared[:, 2].any():
-                reason, code = "told to stop", 128 + int(shared[:, 2].max())
-            if reason:
-                break
-            dropped = world.gather(list(batch["dropped"].values())).sum(dim=0).tolist()
-            state["dropped"] = {key: state["dropped"].get(key, 0) + int(n) for key, n in zip(batch["dropped"], dropped)}
-
-            # learning rate -> micro-steps -> clip -> step
-            lr = learning_rate(step, steps, cfg)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            sums = take_step(model, batch["packs"], filler, cfg, world, micro_steps, pairs_in_step) if pairs_in_step else [0.0] * 3
-            norm = torch.nn.utils.clip_grad_norm_(trained, cfg.clip)
-            norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # of the exchanged gradient: the same on all ranks
-            if math.isfinite(norm):
-                if pairs_in_step:
-                    optimizer.step()
-                state["bad_in_a_row"] = 0
-            else:
-                state["bad_gradients"] += 1
-                state["bad_in_a_row"] += 1
-            optimizer.zero_grad(set_to_none=True)
-            state |= {"step": step + 1, "pairs_seen": state["pairs_seen"] + pairs_in_step}
-
-            # log -> evaluate -> checkpoint
-            sums = world.gather([*sums, batch["tokens"]]).sum(dim=0).tolist()
-            n, seconds = max(pairs_in_step, 1), time.time() - started
-            row = {"step": step + 1, "loss": sums[0] / n, "accuracy": sums[1] / n, "margin": sums[2] / n, "grad_norm": norm,
-                   "lr": lr, "pairs": pairs_in_step, "tokens": int(sums[3]), "seconds": round(seconds, 3),
-                   "dropped": sum(state["dropped"].values())}
-            if pairs_in_step and math.isfinite(row["loss"]):
-                state["recent_loss"] = (state["recent_loss"] + [row["loss"]])[-50:]
-            if held and cfg.eval_every and (step + 1) % cfg.eval_every == 0 and step + 1 < steps:
-                some = [held[i] for i in spread(100, len(held))]
-                try:
-                    rewards = score_all(raw_model.eval(), some, judges, cfg.pack_tokens, on_bad_row=cfg.on_bad_row)
-                except BadRow as error:  # known to all ranks alike; the steps so far are not lost
-                    reason, code = str(error), 1
-                    break
-                row["eval_accuracy"] = accuracy(some, rewards)
-                raw_model.train()
-                say(f"step {step + 1}: accuracy {row['eval_accuracy']:.3f} on {len(some)} held-out comparisons")
-            if first:
-                metrics.write(json.dumps(row) + "\n")
-                metrics.flush()
-                bar.set_postfix_str(f"loss {row['loss']:.3f} (log 2 {LOG2:.3f}) acc {row['accuracy']:.2f} margin {row['margin']:.2f} "
-                                    f"norm {norm:.1f} lr {lr:.1e} {n / seconds:.0f} pairs/s {row['tokens'] / seconds:.0f} tok/s "
-                                    f"{memory(world):.1f} GB", refresh=False)
-                bar.update()
-            if state["bad_in_a_row"] >= 10:
-                reason, code = ("ten steps in a row had a gradient that is not finite; look at metrics.jsonl for where the loss rose, "
-                                "then start anew with a lower --lr or a longer --warmup"), 1
-                break
-            if cfg.save_every and ((step + 1) % cfg.save_every == 0 or step + 1 == steps):
-                save_checkpoint(out, model, optimizer, world, state | {"seconds": state["seconds"] + time.time() - begun})
-        if reason:
-            bar.close()
-            if state["step"]:
-                save_checkpoint(out, model, optimizer, world, state | {"seconds": state["seconds"] + time.time() - begun})
-            if first:
-                how = f"\n{state['step']} steps are saved in {out}; to go on: the same command with --resume" if state["step"] else ""
-                print(f"train.py: {reason}{how}", file=sys.stderr)
-            return code
-    finally:
-        ahead.shutdown(wait=False, cancel_futures=True), threads.shutdown(wait=False, cancel_futures=True)
-        bar.close()
-
-    # 6  Final report
-    state["seconds"] += time.time() - begun
-    full = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if not state["pairs_seen"]:
-        raise ValueError(f"not one pair could be used, all were dropped: {state['dropped']}")
-    failure = ""
-    if first:
+# The run folder ------------------------------------------------------------------------------------------------------
+def claim_folder(out, overwrite, resume, made_by="metrics.jsonl", leftover=("metrics.jsonl", "tiny_backbone")) -> None:
+    """Makes a run's folder ready, and locks it while this process lives: no run is overwritten by accident, nothing is
+    deleted that a run did not make, and no two runs write into one folder. The first rank acts, the others wait.
+    made_by: a file that only a run leaves. leftover: what a run leaves that ended before there was anything to keep."""
+    out = Path(out)
+    if dist.get_rank() == 0:
+        if overwrite and resume:
+            raise ValueError("--overwrite and --resume contradict each other")
+        out.mkdir(parents=True, exist_ok=True)
+        names = {file.name for file in out.iterdir() if not file.match(".*.partial")}  # not of a write that was killed
+        ours = LOCK in names or made_by in names
+        if names - {LOCK, *leftover} and not (ours and (resume or overwrite)):
+            mend = ", or --resume an unfinished run, or --overwrite it" if ours else ": no run made what it holds"
+            raise ValueError(f"{out} is not empty; choose another --out{mend}")
+        LOCKS.append(filelock.FileLock((out / LOCK).resolve(), is_singleton=True))  # this process may claim it again
         try:
-            raw_model.save_pretrained(out, full)
-        except OSError as error:
-            failure = f"cannot save the reward model: {error}; the last checkpoint is intact, --resume goes on from it"
-    if failure := next(filter(None, world.gather_objects(failure)), ""):
-        raise OSError(failure)
-    raw_model.eval()
-    rewards = score_all(raw_model, held, judges, cfg.pack_tokens, "held-out" if first else "", cfg.on_bad_row)
-    shuffled = shuffle_images(held, cfg.seed)
-    blind = score_all(raw_model, shuffled, judges, cfg.pack_tokens, "images shuffled" if first else "", cfg.on_bad_row)
-    blind = accuracy(shuffled, blind) if shuffled else None
-    by_category = accuracy(held, rewards, by_category=True)
-    summary = {"accuracy": accuracy(held, rewards) if held else None,
-               "accuracy_by_category": {name: value for name, (value, _) in by_category.items()},
-               "accuracy_images_shuffled": blind, "n": sum(n for _, n in by_category.values()),
-               "n_by_category": {name: n for name, (_, n) in by_category.items()}, "n_comparisons": len(held),
-               "final_loss": sum(state["recent_loss"]) / max(len(state["recent_loss"]), 1), "seconds": round(state["seconds"], 1),
-               "steps": state["step"], "pairs_seen": state["pairs_seen"], "parameters": parameters, "dropped": state["dropped"],
-               "bad_gradients": state["bad_gradients"], "world_size": world.world_size, "config": asdict(cfg)}
-    if not first:
+            LOCKS[-1].acquire(blocking=False)
+        except filelock.Timeout:
+            raise ValueError(f"another process is writing into {out}; wait for it or choose another --out") from None
+        atexit.register((out / LOCK).resolve().unlink, missing_ok=True)  # while it is still held
+        for file in out.iterdir() if overwrite else ():
+            if file.name != LOCK:  # it stays: a deletion that was killed can be taken up again
+                remove(file)
+    from_first(None)
+    if not all(gather_objects((out / LOCK).exists())):
+        say(f"{out} is not on a disk that all ranks share: what is written lies with the first rank")
+
+def write_text(file, text: str) -> None:
+    with replacing(file) as part:
+        part.write_bytes(text.encode("utf-8", "replace"))
+
+def save_checkpoint(out: Path, model, optimizer, state: dict) -> None:
+    """Writes out/checkpoint.pt; a kill at any moment leaves the one before or this one. All ranks gather, the first
+    writes. ValueError if a weight is not finite: what lies on the disk can be gone on from."""
+    parts = [p.to_local() if hasattr(p, "to_local") else p for p in model.parameters()]
+    if not gather([all(bool(p.isfinite().all()) for p in parts)]).all():
+        raise ValueError(f"weights are not finite after step {state['step']} and not saved; start anew, lower --lr")
+    state = state | {"model": dcp.get_model_state_dict(model, options=FULL),
+                     "optimizer": dcp.get_optimizer_state_dict(model, optimizer, options=FULL)}
+    if dist.get_rank() == 0:
+        with replacing(out / "checkpoint.pt") as part:
+            torch.save(state, part)
+
+def load_checkpoint(out: Path, model, optimizer, cfg: Config, rows: list[int]) -> dict:
+    """With --resume: puts weights and optimiser back and returns step and seconds. The first rank reads and tells the
+    others, which need not see its disk. ValueError if there is nothing to go on with, or something else."""
+    file, saved = out / "checkpoint.pt", {}
+    if cfg.resume and dist.get_rank() == 0:
+        if (out / "summary.json").exists():
+            raise ValueError(f"{out} holds a finished run: nothing to resume. Choose another --out, or --overwrite")
+        if file.exists():
+            saved = read_state(file, cfg, free=("out", "overwrite", "resume", "eval_data", "eval_every", "save_every",
+                                                "gradient_checkpointing", "shard", "on_bad_row"))
+            if (old := saved.get("rows")) != rows:
+                raise ValueError(f"{file} was trained on {old} rows, now there are {rows}; give the same --data")
+    done = from_first({"step": saved["step"], "seconds": saved.get("seconds")} if saved else {})
+    if done:
+        broadcast = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        try:
+            dcp.set_model_state_dict(model, saved.get("model", {}), options=broadcast)
+            dcp.set_optimizer_state_dict(model, optimizer, saved.get("optimizer", {}), options=broadcast)
+        except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{file} does not fit this model: {str(error)[:150]}") from None
+        say(f"going on from step {done['step']}")
+    return done
+
+def read_state(file: Path, cfg, free=(), mmap=False) -> dict:
+    """A training state written by torch.save. ValueError if it cannot be read, or is of a run with other settings."""
+    try:
+        saved = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+        saved |= {"step": int(saved["step"]), "config": dict(saved["config"])}
+    except Exception as error:  # torch raises what it likes on a damaged file
+        raise ValueError(f"{file} cannot be read ({str(error)[:100]}); start anew with --overwrite") from None
+    check_settings(file, saved["config"], cfg, free)
+    return saved
+
+def check_settings(file: Path, old: dict, cfg, free=()) -> None:
+    """ValueError if a setting has changed since `file` was written that is not `free`: those do not shape a run."""
+    now = asdict(cfg)
+    changed = [f"{name} was {old[name]!r}, is {now.get(name)!r}" for name in old
+               if name not in free and now.get(name) != old[name]]
+    if changed:
+        raise ValueError(f"{file} is another run's: {'; '.join(changed)[:200]}. Give the same flags, or another --out")
+
+# Scoring -------------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def score_over_ranks(model: RewardModel, rows, pack_tokens=None, on_bad_row="stop", bar="") -> list:
+    """K rewards for each row, in order and on every rank; for one that cannot be used its BadRow, if told to skip it.
+
+    Each rank takes 64 rows a round. All make equally many forwards in it, of a filler where a rank has fewer packs, so
+    that a sharded model can gather its layers.
+    """
+    rank, at_once, on_gpu = dist.get_rank(), 64 * dist.get_world_size(), model.device.type == "cuda"
+    filler, found = pack([Comparison("?", ["a"])], model.processor), {}
+
+    def read(start: int) -> dict:
+        mine = range(start + 64 * rank, min(start + 64 * (rank + 1), len(rows)))
+        return {i: encoded_or_error(rows, i, model.processor, on_bad_row) for i in mine}
+
+    rounds = tqdm(range(0, len(rows), at_once), bar, unit_scale=at_once, disable=not bar or rank > 0, leave=False)
+    for items in one_ahead(read, rounds, on_gpu):
+        found |= items  # the good ones are replaced by their rewards
+        good = [i for i in items if not isinstance(items[i], BadRow)]
+        packs = fill_packs([items[i].tokens for i in good], pack_tokens or (16384 if on_gpu else 1024))
+        for p in range(int(gather([len(packs)]).max())):
+            members = [good[m] for m in packs[p]] if p < len(packs) else []
+            batch = pack([items[i] for i in members]) if members else filler
+            values = iter(model(batch.to(model.device)).tolist())
+            for i in members:
+                found[i] = [next(values) for _ in items[i].response_ids]
+    everyone = {i: rewards for part in gather_objects(found) for i, rewards in part.items()}
+    return [everyone[i] for i in range(len(rows))]
+
+def accuracy(comparisons, rewards) -> float:
+    """Share of pairs with margin > 0: a tie is wrong. A comparison that has no list of rewards does not count.
+
+    >>> accuracy([Comparison("?", ["a", "b", "c"], [(0, 1), (1, 2)])], [[2.0, 1.0, 1.0]])
+    0.5
+    """
+    known = [(c, r) for c, r in zip(comparisons, rewards) if isinstance(r, list)]
+    right = [r[chosen] > r[rejected] for c, r in known for chosen, rejected in c.pairs]
+    return sum(right) / len(right) if right else math.nan
+
+def accuracy_by_category(comparisons, rewards) -> dict[str, tuple[float, int]]:
+    """{category: (accuracy, number of pairs)}, sorted; "all" where a comparison names none."""
+    parts = {}
+    for comparison, values in zip(comparisons, rewards):
+        if isinstance(values, list):
+            parts.setdefault(comparison.category or "all", []).append((comparison, values))
+    return {name: (accuracy(*zip(*part)), sum(len(c.pairs) for c, _ in part)) for name, part in sorted(parts.items())}
+
+def examine(model: RewardModel, held: list[Comparison], cfg: Config) -> float:
+    """Accuracy on a hundred held-out comparisons in the midst of training; a picture gone missing does not end it."""
+    some = [held[i] for i in spread(100, len(held))]
+    rewards = score_over_ranks(model.eval(), some, cfg.pack_tokens, "skip")
+    model.train()
+    return accuracy(some, rewards)
+
+# Log and report ------------------------------------------------------------------------------------------------------
+class Log(contextlib.ExitStack):
+    """metrics.jsonl and the progress bar, on the first rank. Lines of steps after `step`, which will be made again, and
+    one that a kill cut short are dropped."""
+
+    def __init__(self, folder, step: int, steps: int):
+        super().__init__()
+        first, path = dist.get_rank() == 0, Path(folder) / "metrics.jsonl"
+        if first:
+            write_text(path, "".join(json.dumps(row) + "\n" for row in read_log(path) if row["step"] <= step))
+        self.file = self.enter_context(open(path if first else os.devnull, "a", encoding="utf-8", buffering=1))
+        self.bar = self.enter_context(tqdm(total=steps, initial=step, disable=not first, dynamic_ncols=True))
+
+    def write(self, row: dict) -> None:
+        self.file.write(json.dumps(row) + "\n")
+        numbers = [f"{name} {value:.3g}" for name, value in row.items() if name != "step" and value is not None]
+        self.bar.set_postfix_str(" ".join(numbers), refresh=False)
+        self.bar.update()
+
+def read_log(file: Path) -> list[dict]:
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+def report(out: Path, model: RewardModel, held: list[Comparison], begun: float, cfg: Config) -> int:
+    """Scores the held-out comparisons, saves model, summary and curve, and prints what came out. The last checkpoint
+    stays until all is done. ValueError if nothing was trained on, or if a reward is not finite: that is no result."""
+    log = from_first(read_log(out / "metrics.jsonl"))
+    pairs, losses = sum(row["pairs"] for row in log), [row["loss"] for row in log if row["pairs"]][-50:]
+    dropped = {"bad row": sum(row["bad_rows"] for row in log),
+               f"longer than {cfg.pack_tokens} tokens": sum(row["too_long"] for row in log)}
+    if log and not pairs:
+        raise ValueError(f"not one pair could be used, all were dropped: {dropped}")
+    some, shuffled = held or [Comparison("?", ["a"])], shuffle_images(held, cfg.seed)
+    rewards = score_over_ranks(model.eval(), some, cfg.pack_tokens, cfg.on_bad_row, "held out")
+    if not all(math.isfinite(sum(values)) for values in rewards if isinstance(values, list)):
+        raise ValueError("the rewards are not finite, so no model is saved; start anew with a lower --lr")
+    blind = score_over_ranks(model, shuffled, cfg.pack_tokens, cfg.on_bad_row, "images shuffled")
+    parts, drawn = accuracy_by_category(held, rewards), not cfg.data and not cfg.eval_data
+    summary = {
+        "accuracy_by_category": {name: round(value, 4) for name, (value, _) in parts.items()},
+        "n_by_category": {name: n for name, (_, n) in parts.items()},
+        "accuracy": round(accuracy(held, rewards), 4) if parts else None,
+        "accuracy_images_shuffled": round(accuracy(shuffled, blind), 4) if shuffled else None,
+        "n": sum(n for _, n in parts.values()), "n_comparisons": len(held), "final_loss": fmean(losses or [0.0]),
+        "steps": len(log), "pairs_seen": pairs, "dropped": dropped,
+        "bad_gradients": sum(not math.isfinite(row["grad_norm"]) for row in log),
+        "parameters": sum(p.numel() for p in model.parameters()), "world_size": dist.get_world_size(),
+        "seconds": round(time.time() - begun, 1)}
+    weights = dcp.get_model_state_dict(model, options=FULL)
+    if dist.get_rank() == 0:
+        model.save_pretrained(out, weights)
+        draw_log(out, log)
+        write_text(out / "summary.json", json.dumps(summary | {"config": asdict(cfg)}, indent=1) + "\n")
+        (out / "checkpoint.pt").unlink(missing_ok=True)
+    say("\n".join(f"  {name:<26}{value}" for name, value in summary.items()))
+    if shuffled:
+        say(f"with the images shuffled: {'one half for a model that looks' if drawn else 'what the texts alone tell'}")
+    say(f"the reward model, summary.json and curve.svg are in {out}. Next:\n  python evaluate.py --model {out}"
+        + (f"\n  python rl_demo.py --reward_model {out}" if drawn else " --data FOLDER"))
+    if len(losses) < 50 or summary["final_loss"] < 0.98 * LOG2:
         return 0
-    metrics.close()
-    write_curve(out)
-    write_text(out / "summary.json", json.dumps(summary, indent=1) + "\n")
-    (out / "checkpoint.pt").unlink(missing_ok=True)
-    print(f"\nheld-out accuracy {summary['accuracy'] if held else math.nan:.3f} on {summary['n']} pairs of {len(held)} comparisons, "
-          f"after {summary['pairs_seen']} pairs in {summary['seconds']:.0f} s")
-    for name, (value, n) in by_category.items():
-        print(f"  {name:<12} {value:.3f}  n {n}")
-    if blind is not None:
-        print(f"  with the images shuffled among the prompts: {blind:.3f} (drawn pictures: a model that looks falls to one half)")
-    if any(state["dropped"].values()) or state["bad_gradients"]:
-        print(f"  dropped comparisons {state['dropped']}, steps skipped for a gradient that is not finite {state['bad_gradients']}")
-    print(f"the reward model, summary.json and curve.svg are in {out}. Next:\n  python evaluate.py --model {out}\n"
-          f"  python rl_demo.py --reward_model {out}")
-    if len(state["recent_loss"]) == 50 and summary["final_loss"] > 0.98 * LOG2:
-        print(f"the loss ended at log 2 or above (last 50 steps: {summary['final_loss']:.3f}): nothing was learnt. Look at the data "
-              f"with `python data.py show FOLDER` (are winner and loser swapped?), then at --lr", file=sys.stderr)
-        return 1
-    return 0
+    say("train.py: the loss ended at log 2 or above, nothing was learnt. Look at the data (python data.py show DIR): "
+        "are chosen and rejected swapped? Then at --lr", sys.stderr)
+    return 1
 
+def draw_log(out: Path, log: list[dict]) -> None:
+    """The learning curve as out/curve.svg; training figures are means over a fiftieth of the run."""
+    width = max(len(log) // 50, 1)
+    parts = [log[i:i + width] for i in range(0, len(log), width)]
+    loss, right, margin = ([(part[-1]["step"], fmean(row[name] for row in part)) for part in parts]
+                           for name in ("loss", "accuracy", "margin"))
+    held = [(row["step"], row["eval_accuracy"]) for row in log if "eval_accuracy" in row]
+    draw_curves(out / "curve.svg", str(out), [
+        ("loss", {"training loss": loss}, {"log 2": LOG2}, 0, None),
+        ("accuracy", {"training pairs": right, "held out": held}, {"chance": 0.5}, 0, 1),
+        ("margin", {"mean margin": margin}, {}, 0, None)])
 
-def keep_metrics(file: Path, step: int):
-    """The log opened for appending, without rows of steps after the checkpoint, which will be taken again."""
-    rows = file.read_text().splitlines() if file.exists() else []
-    write_text(file, "".join(row + "\n" for row in rows if row.endswith("}") and json.loads(row)["step"] <= step))
-    return open(file, "a")
+def ticks(low: float, high: float) -> list[float]:
+    """Round numbers from at or below `low` to at or above `high`, at steps of 1, 2 or 5 times a power of ten.
 
+    >>> ticks(0, 0.72), ticks(-3, 941)
+    ([0.0, 0.2, 0.4, 0.6, 0.8], [-200.0, 0.0, 200.0, 400.0, 600.0, 800.0, 1000.0])
+    """
+    high = high if high - low > 1e-9 else low + 1  # where all values are equal
+    power = 10.0 ** math.floor(math.log10((high - low) / 5))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= 0.99 * (high - low) / 5)
+    return [round(i * step, 12) for i in range(math.floor(low / step), math.ceil(high / step) + 1)]
 
-def write_curve(out: Path) -> None:
-    """The learning curve of metrics.jsonl as out/curve.svg; training figures are means over 1/50 of the run."""
-    rows = [json.loads(line) for line in open(out / "metrics.jsonl")]
-    width = max(len(rows) // 50, 1)
+def draw_curves(file, title: str, panels: list) -> None:
+    """An SVG picture with a panel for each of `panels`: (heading, {name: [(x, y), ...]}, {name: y of a dashed line}),
+    and where wanted two more: from where to where the y axis goes at least, None to leave that to the values."""
+    size = f'viewBox="0 0 {440 * len(panels) + 60} 330" width="{440 * len(panels) + 60}" height="330"'
+    out = [f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="12">'
+           f'<rect width="100%" height="100%" fill="#fff"/><text x="60" y="24" font-size="15">{escape(title)}</text>']
+    for p, (heading, series, dashed, *ends) in enumerate(panels):
+        curves = {name: [(x, y) for x, y in points if math.isfinite(y)] for name, points in series.items()}
+        known = [point for points in curves.values() for point in points] or [(1, 1)]
+        ys = [y for _, y in known] + [*dashed.values()] + [end for end in ends if end is not None]
+        xs, ys = ticks(0, max(x for x, _ in known)), ticks(min(ys), max(ys))
 
-    def smooth(key):
-        parts = [rows[i:i + width] for i in range(0, len(rows), width)]
-        return [(part[-1]["step"], sum(r[key] for r in part) / len(part)) for part in parts]
+        def place(x, y):  # axes of 380 x 220 pixels
+            return 60 + 440 * p + 380 * x / xs[-1], 280 - 220 * (y - ys[0]) / (ys[-1] - ys[0])
 
-    held = [(r["step"], r["eval_accuracy"]) for r in rows if "eval_accuracy" in r]
-    draw_curves(out / "curve.svg", str(out), [("loss", {"training loss": smooth("loss")}, {"log 2": LOG2}),
-                                              ("accuracy", {"training pairs": smooth("accuracy"), "held out": held}, {"chance": 0.5}),
-                                              ("margin", {"mean margin": smooth("margin")}, {"0": 0.0})])
+        def text(x, y, words, style=""):
+            x, y = place(x, y)
+            out.append(f'<text x="{x:.1f}" y="{y:.1f}" {style}>{escape(words)}</text>')
 
+        def line(points, style):
+            points = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y in points)
+            out.append(f'<polyline points="{points}" fill="none" {style}/>')
 
-def memory(world: World) -> float:
-    """GB in use at the peak: on the GPU, or of this process."""
-    if world.device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+        text(0, ys[-1], heading, 'dy="-10"')
+        for x in xs:
+            text(x, ys[0], f"{x:g}", 'dy="16" text-anchor="middle"')
+        for y in ys:
+            line([(0, y), (xs[-1], y)], 'stroke="#ddd"')
+            text(0, y, f"{y:g}", 'dx="-6" dy="4" text-anchor="end"')
+        for name, y in dashed.items():
+            line([(0, y), (xs[-1], y)], 'stroke="#999" stroke-dasharray="4 3"')
+            text(xs[-1], y, name, 'dy="-4" text-anchor="end" fill="#777"')
+        for c, (name, points) in enumerate(curves.items()):
+            line(points, f'stroke="{COLOURS[c % 6]}" stroke-width="1.5"')
+            text(0, ys[0], name, f'dx="{c % 3 * 120}" dy="{c // 3 * 14 + 34}" fill="{COLOURS[c % 6]}"')
+    write_text(file, "\n".join(out) + "\n</svg>\n")
 
+# The command line ----------------------------------------------------------------------------------------------------
+def command_line(main, Config, script: str) -> None:
+    """Flags -> Config -> main -> exit status. What a user can mend is said in one line, and so is the loss of a rank;
+    any other error is a mistake of ours, and keeps its traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # for terminals that do not know a character
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the process at once; see stop_signals
+    status = 1
+    try:
+        (cfg,) = HfArgumentParser(Config, prog=script, exit_on_error=False).parse_args_into_dataclasses()
+        status = main(cfg.resolved() if hasattr(cfg, "resolved") else cfg) or 0
+        end_processes()
+    except (ValueError, OSError, argparse.ArgumentError) as error:
+        complain(script, str(error))
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and not re.search("gloo|NCCL|onnection (closed|reset)", str(error)):
+            raise
+        complain(script, "another rank ended; its message is above")
+    sys.exit(status)
+
+def complain(script: str, message: str) -> None:
+    """One line on standard error, with the rank if it is not the first."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    tqdm.write(f"{script}{f', rank {rank}' if rank else ''}: {' '.join(message.split())}", file=sys.stderr)
 
 if __name__ == "__main__":
-    world = None
-    try:
-        (config,) = HfArgumentParser(Config).parse_args_into_dataclasses()
-        config = config.resolved()
-        world = setup()
-        status = main(config, world)
-        world.close()
-    except (ValueError, OSError) as error:
-        print(f"train.py{f', rank {world.rank}' if world and world.rank else ''}: {error}", file=sys.stderr)
-        status = 1
-    sys.exit(status)
+    command_line(main, Config, "train.py")

@@ -8,8 +8,11 @@ one run.
 
 Both ways get the same comparisons and must give the same rewards (train: also the same gradients) before anything is timed; then they take
 turns, and medians are compared. One prompt has `--prompt_tokens` tokens, of which `--image_tokens` are one image's, and K responses. The
-stock way takes K rows for K responses when it scores, and two rows for each of the K (K - 1) / 2 pairs when it trains, as trainers
-of preference pairs do. Weights and tokens are random: speed does not depend on what they say.
+stock way takes K rows for K responses when it scores, and two rows for each of the K (K - 1) / 2 pairs when it
+trains, as trainers of preference pairs do. Weights and tokens are random: speed does not depend on what they say.
+
+Beside the ratio stands its limit: the ratio of the operations of the two ways, counted from the shapes: 2 a weight and
+token, in the decoder and in the vision tower, and 4 a width for every key that a query looks at.
 """
 import json
 import os
@@ -18,7 +21,7 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 
@@ -26,10 +29,11 @@ import torch
 from transformers import AutoConfig, Qwen2_5_VLConfig, Qwen2_5_VLModel
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
-from model import (Encoded, RewardModel, build_head, fill_packs, pack, pairwise_loss, plain_rewards, set_attention,  # noqa: E402
-                   tiny_backbone)
+from model import READS, Encoded, Processor, RewardModel, build_head, fill_packs, mrope_positions, pack  # noqa: E402
+from model import pairwise_loss, tiny_backbone  # noqa: E402
+from stock import stock_rewards  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -72,14 +76,13 @@ def make_model(cfg: Config, device) -> RewardModel:
         with tempfile.TemporaryDirectory() as folder:
             config, dtype = AutoConfig.from_pretrained(tiny_backbone(folder, ["a b c"], width=cfg.width)), torch.float32
         config.text_config.num_hidden_layers, config.text_config.layer_types = cfg.layers, ["full_attention"] * cfg.layers
-    config._attn_implementation = "sdpa"
     torch.set_default_dtype(dtype)
     with torch.device(device):
-        backbone = Qwen2_5_VLModel(config)
+        backbone = Qwen2_5_VLModel._from_config(config, attn_implementation="branches")
     torch.set_default_dtype(torch.float32)
-    set_attention(backbone, "blocks")
     width = config.text_config.hidden_size
-    return RewardModel(backbone, build_head(width).to(device), None, None, {"head_layers": 2, "head_activation": "silu", "width": width})
+    head_config = {"head_layers": 2, "head_activation": "silu", "width": width, "reads": READS}
+    return RewardModel(backbone, build_head(width).to(device), Processor(None, None), head_config)
 
 
 def make_comparisons(cfg: Config, config) -> list[Encoded]:
@@ -92,10 +95,27 @@ def make_comparisons(cfg: Config, config) -> list[Encoded]:
         return torch.randint(300, 500, (n,), generator=generator).tolist()
 
     grid = torch.tensor([[1, 2 * side, 2 * side]] * (side > 0)).view(-1, 3)  # patches: the vision tower merges 2 x 2 of them into a token
-    pairs = list(combinations(range(cfg.k), 2))
-    return [Encoded(words(8) + [config.image_token_id] * cfg.image_tokens + words(cfg.prompt_tokens - cfg.image_tokens - 8),
-                    [words(cfg.response_tokens) for _ in range(cfg.k)], pairs,
-                    torch.randn(4 * cfg.image_tokens, 3 * 2 * 14 * 14, generator=generator), grid) for _ in range(cfg.comparisons)]
+    items = []
+    for _ in range(cfg.comparisons):
+        ids = words(8) + [config.image_token_id] * cfg.image_tokens + words(cfg.prompt_tokens - cfg.image_tokens - 8)
+        positions = mrope_positions(ids, grid.tolist(), config.image_token_id, config.video_token_id)
+        patches = torch.randn(4 * cfg.image_tokens, 3 * 2 * 14 * 14, generator=generator)
+        responses = [words(cfg.response_tokens) for _ in range(cfg.k)]
+        items.append(Encoded(ids, responses, list(combinations(range(cfg.k), 2)), patches, grid, positions))
+    return items
+
+
+def operations(cfg: Config, model: RewardModel, ours: bool) -> float:
+    """Multiply-adds x 2 of one forward over one comparison."""
+    text = model.backbone.config.text_config
+    weights = sum(p.numel() for n, p in model.backbone.language_model.named_parameters() if "embed" not in n)
+    vision = sum(p.numel() for p in model.backbone.visual.parameters())
+    p, r, k, images = cfg.prompt_tokens, cfg.response_tokens, cfg.k, cfg.image_tokens > 0
+    rows = 1 if ours else k if cfg.mode == "score" else k * (k - 1)
+    tokens = p + k * r if ours else rows * (p + r)
+    seen = p * p / 2 + k * (r * p + r * r / 2) if ours else rows * (p + r) ** 2 / 2  # keys that all queries look at
+    attention = 4 * text.hidden_size * text.num_hidden_layers * seen
+    return 2 * weights * tokens + attention + images * rows * 2 * vision * 4 * cfg.image_tokens
 
 
 def matrix_rate(device, dtype) -> float:
@@ -120,8 +140,8 @@ def main(cfg: Config) -> None:
     model = make_model(cfg, device)
     comparisons, training = make_comparisons(cfg, model.backbone.config), cfg.mode == "train"
     n_pairs = sum(len(c.pairs) for c in comparisons)
-    stock_items = [[Encoded(c.prompt_ids, [c.response_ids[w], c.response_ids[l]], [(0, 1)], c.pixel_values, c.image_grid_thw)
-                    for w, l in c.pairs] if training else [c] for c in comparisons]
+    stock_items = [[replace(c, response_ids=[c.response_ids[w], c.response_ids[l]], pairs=[(0, 1)]) for w, l in c.pairs]
+                   if training else [c] for c in comparisons]
     members = fill_packs([c.tokens for c in comparisons], cfg.pack_tokens or (16384 if device == "cuda" else 1024))
     packs = [pack([comparisons[i] for i in part]).to(device) for part in members]
     in_order = [stock_items[i] for part in members for i in part]
@@ -133,7 +153,7 @@ def main(cfg: Config) -> None:
 
     def stock():
         for items, pairs in zip(in_order, stock_pairs):
-            yield plain_rewards(model, items), pairs
+            yield stock_rewards(model, items), pairs
 
     def step(way):
         """Rewards (pairs, 2) of all comparisons; when training their gradient too."""
@@ -176,6 +196,7 @@ def main(cfg: Config) -> None:
     stock_tokens = sum(len(c.prompt_ids) + len(ids) for items in stock_items for c in items for ids in c.response_ids)
     result = {"mode": cfg.mode, "shape": cfg.shape, "k": cfg.k, "pairs_per_s": {name: round(n_pairs / s, 2) for name, s in median.items()},
               "ratio": round(median["stock"] / median["ours"], 2),
+              "limit": round(operations(cfg, model, ours=False) / operations(cfg, model, ours=True), 2),
               "seconds": {name: [round(s, 3) for s in ss] for name, ss in times.items()},
               "tokens": {"ours": tokens, "stock": stock_tokens}, "difference": {name: float(f"{d:.1e}") for name, d in differences.items()},
               "device": (torch.cuda.get_device_name() if device == "cuda"
@@ -190,8 +211,8 @@ def main(cfg: Config) -> None:
                    "peak_gib": {name: round(gib, 1) for name, gib in peak.items()}, "parameters": vision + text}
     print(json.dumps(result))
     print(f"\n{cfg.mode}, K = {cfg.k}, {cfg.prompt_tokens} + {cfg.response_tokens} tokens: {result['pairs_per_s']['ours']} pairs/s "
-          f"against the stock way's {result['pairs_per_s']['stock']}: {result['ratio']} times, "
-          f"of {tokens} against {stock_tokens} tokens")
+          f"against the stock way's {result['pairs_per_s']['stock']}: {result['ratio']} times "
+          f"(counted operations allow {result['limit']}), of {tokens} against {stock_tokens} tokens")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """What the data path costs at the paper's 2.8M pairs: run by hand, asserted nowhere.
 
-    python tests/benchmark_data.py --folder data/million --no_convert         opening 2.8M rows: about 3 GB of disk, removed at the end
-    python tests/benchmark_data.py --folder data/million --rows 280000        with the conversion
+    python tests/benchmark_data.py --folder data/million --no_convert      opening 2.8M rows: 3 GB of disk, for a while
+    python tests/benchmark_data.py --folder data/million --rows 280000     with the conversion
+    python tests/benchmark_data.py --folder data/images --images 600       converting JPEGs of a megapixel
 
-Writes a file of invented pairs of about 1 kB, converts it with `data.py pairs`' own function, opens the result for training, and reads
-rows at random. Prints seconds (of the clock, and of this process's CPU), rows a second and resident memory (workers not included).
+Writes a file of invented pairs of about 1 kB, converts it with `data.py pairs`' own function, opens the result for
+training, and reads rows at random. Prints seconds (of the clock, and of this process's CPU), rows a second and resident
+memory.
 """
 import argparse
 import json
@@ -16,64 +18,78 @@ import sys
 import time
 from pathlib import Path
 
+from PIL import Image
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import data  # noqa: E402
 
 
 def resident() -> str:
-    now = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if Path("/proc/self/statm").exists() else 0
+    statm = Path("/proc/self/statm")
+    now = int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
     return f"resident {now / 2**20:.0f} MB, at most {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB"
 
 
-def write_source(file: Path, rows: int) -> None:
+def write_source(file: Path, rows: int, jpegs: int) -> None:
     words = [f"{a}{b}{c}" for a in "bdfgklmn" for b in "aeiou" for c in "rstn"]
     rng = random.Random(0)
     texts = [" ".join(rng.choices(words, k=100)) for _ in range(1000)]  # 400 characters each
     with open(file, "w") as out:
         for i in range(rows):
+            images = []
+            if i < jpegs:
+                noise = Image.frombytes("RGB", (96, 72), rng.randbytes(96 * 72 * 3))
+                images = [f"{i}.jpg"]
+                noise.resize((1152, 864), Image.Resampling.BICUBIC).save(file.parent / images[0], quality=88)
             prompt = f"Question {i}: {texts[i % 1000][:150]}?"
             out.write(json.dumps({"id": str(i), "prompt": prompt, "chosen": f"{i} {texts[i * 7 % 1000]}",
-                                  "rejected": texts[(i * 13 + 1) % 1000]}) + "\n")
+                                  "rejected": texts[(i * 13 + 1) % 1000], "images": images}) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", required=True, help="a folder that does not exist yet; it is removed at the end")
     parser.add_argument("--rows", type=int, default=2_800_000)
-    parser.add_argument("--workers", type=int, default=0, help="of the conversion; 0 takes all cores")
+    parser.add_argument("--workers", type=int, default=0, help="threads of the conversion; 0 takes all cores")
     parser.add_argument("--no_convert", action="store_true", help="open the written rows as they are")
     parser.add_argument("--reads", type=int, default=100_000, help="rows read at random")
+    parser.add_argument("--images", type=int, default=0, help="so many rows, each with a JPEG")
     args = parser.parse_args()
+    args.rows = args.images or args.rows
     folder = Path(args.folder)
     folder.mkdir(parents=True)
     try:
-        write_source(folder / "source.jsonl", args.rows)
-        print(f"{args.rows} rows, {(folder / 'source.jsonl').stat().st_size / 1e9:.2f} GB; imports and all: {resident()}", flush=True)
+        write_source(folder / "source.jsonl", args.rows, args.images)
+        size = (folder / "source.jsonl").stat().st_size
+        print(f"{args.rows} rows, {size / 1e9:.2f} GB; imports and all: {resident()}", flush=True)
 
         start = time.time()
         if args.no_convert:
             (folder / "set").mkdir()
             os.rename(folder / "source.jsonl", folder / "set" / "comparisons.jsonl")
         elif os.fork() == 0:  # in a process of its own, so that opening is measured without what conversion left behind
-            report = data.convert("pairs", data.Config(source=str(folder / "source.jsonl"), out=str(folder / "set"), workers=args.workers))
+            report = data.convert("pairs", data.Config(source=[str(folder / "source.jsonl")], out=str(folder / "set"),
+                                                       workers=args.workers))
             seconds = time.time() - start
-            print(f"converted {report['comparisons']} in {seconds:.0f} s, {args.rows / seconds:.0f} rows/s, {resident()}", flush=True)
+            print(f"converted {report['comparisons']} in {seconds:.1f} s, {args.rows / seconds:.0f} rows/s, "
+                  f"{resident()}", flush=True)
             os._exit(0)
         else:
             os.wait()
 
         start, cpu = time.time(), time.process_time()
         rows = data.read_comparisons(folder / "set")
-        print(f"opened {len(rows)} rows in {time.time() - start:.1f} s ({time.process_time() - cpu:.1f} of CPU), {resident()}", flush=True)
+        print(f"opened {len(rows)} rows in {time.time() - start:.1f} s ({time.process_time() - cpu:.1f} of CPU), "
+              f"{resident()}", flush=True)
 
         order = random.Random(1).choices(range(len(rows)), k=args.reads)
         start, cpu = time.time(), time.process_time()
         for i in order:
             rows[i]
         seconds, cpu = time.time() - start, time.process_time() - cpu
-        print(f"read {args.reads} rows at random, {args.reads / seconds:.0f} rows/s ({args.reads / cpu:.0f} per CPU second), "
-              f"{resident()}", flush=True)
+        print(f"read {args.reads} rows at random, {args.reads / seconds:.0f} rows/s "
+              f"({args.reads / cpu:.0f} per CPU second), {resident()}", flush=True)
 
         start = time.time()
         first = data.Order([rows.pairs], [1.0], batch_size=128, seed=0).step(0)

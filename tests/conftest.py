@@ -16,6 +16,12 @@ from model import RewardModel, tiny_backbone  # noqa: E402
 TEXTS = ["What colour is the circle? red green blue", "How many shapes are there? 1 2 3 4", "Where is it? left right top bottom"] * 20
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Models this small gain nothing from a second one, and lose much where other programs want the cores."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def backbones(tmp_path_factory):
     """Folders of tiny checkpoints by kind, made when first asked for."""

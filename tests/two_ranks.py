@@ -1,45 +1,112 @@
-"""What test_train.py runs under torchrun: one step's gradient, with DDP and sharded. Arguments: backbone, data, file."""
+"""What test_train.py runs under torchrun, on two ranks: steps, forwards and whole runs. Argument: a folder that holds
+settings.json and takes the results. In-process, `gradient` is the same with one rank."""
+import json
+import os
+import signal
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint.state_dict as dcp
 
 from conftest import ROOT  # noqa: F401  (puts the scripts on the path)
-from data import Order, read_comparisons, setup
-from model import Comparison, RewardModel, pack, recompute_activations
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.nn.parallel import DistributedDataParallel
-from train import Config, ThreadPoolExecutor, load_step, shard_model, take_step
+import train
+from data import Order, read_comparisons
+from model import Comparison, RewardModel, hidden_states, pack, recompute_activations
+from train import Config, distribute, gather, load_step, take_step
 
 
-def gradient(world, backbone, folder, pack_tokens=120, shard=False):
-    """The gradient of the first step, by name, and what `take_step` returned. In fp64, where rounding hides no mistake: in fp32 the sums
-    of one step, taken in another order, differ by 2e-6 of the gradient's norm."""
-    cfg = Config(lr=1.0, batch_size=64, pack_tokens=pack_tokens, max_pixels=112 * 112, shard=shard)
+class KeepGradient:
+    """In the place of an optimiser: its step keeps the gradient."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def step(self):
+        with torch.no_grad():
+            for p in self.model.parameters():
+                p.copy_(p.grad)  # the gathered weights of a model whose weights are its gradients
+        self.gradient = dcp.get_model_state_dict(self.model, options=train.FULL)
+
+    def zero_grad(self, set_to_none):
+        pass
+
+
+def gradient(backbone, folder, pack_tokens=120, shard=False):
+    """The gradient of the first step, by name, the sums of `take_step`, and (pairs, packs, images) of each rank. In
+    fp64, where rounding hides no mistake: in fp32 the sums of one step, taken in another order, differ by 2e-6."""
+    cfg = Config(lr=1.0, batch_size=64, pack_tokens=pack_tokens, max_pixels=112 * 112, clip=1e9)
     torch.manual_seed(0)
     raw = RewardModel.from_backbone(backbone).double().train()
     rows = read_comparisons(folder)
-    with ThreadPoolExecutor() as threads:
-        batch = load_step(0, Order([rows.pairs], [1.0], 64, 0), [rows], raw, cfg, world, threads)
+    share = load_step(0, Order([rows.pairs], [1.0], 64, 0), [rows], raw.processor, cfg)
     if shard:
-        recompute_activations(raw.backbone)  # the two together, as the README has them for the 7B
-        shard_model(raw, world)
-    model = DistributedDataParallel(raw) if world.world_size > 1 and not shard else raw
-    images = sum(len(p.image_grid_thw) for p in batch["packs"])
-    shared = world.gather([batch["pairs"], len(batch["packs"]), images])
-    filler = pack([Comparison("?", ["a", "b"], [(0, 1)])], raw.tokenizer)
-    sums = take_step(model, batch["packs"], filler, cfg, world, int(shared[:, 1].max()), int(shared[:, 0].sum()))
-    if shard:  # the gathered weights of a model whose weights are its gradients
-        for p in raw.parameters():
-            p.data.copy_(p.grad)
-        gradients = get_model_state_dict(raw, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    else:
-        gradients = {name: p.grad for name, p in raw.named_parameters()}
-    return gradients, world.gather(sums).sum(dim=0), shared
+        recompute_activations(raw.backbone)  # the two together, as for the 7B
+    model = distribute(raw, shard, None)
+    counts = gather([share.pairs, len(share.packs), sum(len(p.image_grid_thw) for p in share.packs)])
+    filler = pack([Comparison("?", ["a", "b"], [(0, 1)])], raw.processor)
+    keep = KeepGradient(raw)
+    sums, _ = take_step(model, keep, share.packs, filler, int(counts[:, 1].max()), int(counts[:, 0].sum()), cfg)
+    return keep.gradient, gather(sums).sum(dim=0), counts
+
+
+def rewards_in_bf16(backbone, shard: bool):
+    """Rewards as a GPU computes them, products in bf16 and the rest in fp32, after an update of the norms' weights and
+    of the embedding that bf16 could not hold."""
+    torch.manual_seed(0)
+    model = RewardModel.from_backbone(backbone).train()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "norm" in name or "embed" in name:
+                p.mul_(1 + 1e-3)
+    packed = pack([Comparison("What?", ["red", "blue", "green and white"])], model.processor)
+    model.forward = lambda batch: model.head(hidden_states(model.backbone, batch)[batch.last_token])
+    if shard:
+        model = distribute(model, True, torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        return model(packed).detach().float()
+
+
+def stop_after(steps: int):
+    """A learning_rate that sends SIGTERM in the step after so many, on this rank."""
+    def rate(step, *rest):
+        if step == steps:
+            signal.raise_signal(signal.SIGTERM)
+        return original(step, *rest)
+
+    original = train.learning_rate
+    return rate
 
 
 if __name__ == "__main__":
-    world = setup()
-    results = [gradient(world, sys.argv[1], sys.argv[2], shard=shard) for shard in (False, True)]
-    if world.rank == 0:
-        torch.save(results, sys.argv[3])
-    world.close()
+    here = Path(sys.argv[1])
+    told = json.loads((here / "settings.json").read_text())
+    train.start_processes()
+    rank = dist.get_rank()
+    results = {"steps": [gradient(told["backbone"], told["drawn"], shard=shard) for shard in (False, True)],
+               "bf16": [rewards_in_bf16(told["backbone"], shard) for shard in (False, True)]}
+    cfg = Config(**told["config"])
+    status = [train.main(replace(cfg, out=str(here / "two")))]
+    # Sharded, told to stop on the second rank alone, and resumed; each rank has a disk of its own
+    sharded = replace(cfg, out=str(here / f"sharded-{rank}"), shard=True, eval_every=3)
+    if rank == 1:
+        original, train.learning_rate = train.learning_rate, stop_after(2)
+    status.append(train.main(sharded))
+    if rank == 1:
+        train.learning_rate = original
+    status.append(train.main(replace(sharded, resume=True)))
+    held = read_comparisons(told["drawn"])
+    model = RewardModel.from_pretrained(here / "two")
+    results |= {"status": status, "rewards": train.score_over_ranks(model, held, 128)}
+    if rank == 0:
+        torch.save(results, here / "results.pt")
+    dist.barrier()
+    if rank == 1:
+        os._exit(0)  # as if it were killed: no word to the other
+    sys.argv[1:] = []
+    try:
+        train.command_line(lambda _: train.gather([0.0]), Config, "train.py")
+    except SystemExit as end:
+        os._exit(0 if end.code == 1 else 1)

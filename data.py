@@ -77,9 +77,9 @@ def parse_row(row, folder: Path, needs_responses: bool = True) -> Comparison:
 class Order:
     """Which rows of which set a step sees: a pure function of (seed, step), so a resumed run repeats and skips nothing.
 
-    An epoch is a fresh permutation of all rows, cut into steps of equally many pairs, give or take one row's, and at
-    most `batch_size`: every row is in exactly one step, whatever the number of ranks. A weight of 2 shows a set twice
-    an epoch, 0.5 a random half of it. pairs_of_sets: for each set, the number of pairs of its rows.
+    An epoch is a fresh permutation of all rows, cut into steps of equally many pairs, give or take one row's: about
+    `batch_size`, rather less. Every row is in exactly one step, whatever the number of ranks. A weight of 2 shows a set
+    twice an epoch, 0.5 a random half of it. pairs_of_sets: for each set, the number of pairs of its rows.
     >>> order = Order([[1, 1, 1]], [1.0], batch_size=2, seed=0)
     >>> sorted(order.step(0) + order.step(1)), order.steps(epochs=1)                    # a row is named (set, row)
     ([(0, 0), (0, 1), (0, 2)], 2)"""
@@ -127,14 +127,14 @@ VISUAL = ("colour", "shape", "count", "position", "describe")  # categories that
 
 def synthetic(n: int, seed: int = 0, held_out: bool = False) -> list[Comparison]:
     """n comparisons of coloured shapes on drawn pictures, and some on a text. Those `held_out`, for examinations, share
-    no picture and no text with the others, whatever the two seeds."""
+    no text with the others, whatever the two seeds, and a picture but by a chance of one in millions."""
     return [synthetic_comparison(seed, i, held_out) for i in range(n)]
 
 def synthetic_comparison(seed: int, i: int, held_out: bool) -> Comparison:
     """The i-th comparison of a seed: 2 to 4 responses, graded from right to wrong.
 
-    Whether right or wrong, every response is drawn from the same distribution, so only the picture tells them apart: a
-    model that does not look is at chance. The boxes in texts have even numbers, or odd ones where they are held out."""
+    Whether right or wrong, every response is drawn from the same distribution: only the picture, or the text, tells
+    them apart, and a model that does not look is at chance. Boxes in texts have even numbers, odd ones if held out."""
     rng = random.Random(f"{'held out ' * held_out}{seed} {i}")
     category, k = rng.choice((*VISUAL, "text")), rng.randint(2, 4)
     colour, other_colour = rng.sample(list(COLOURS), 2)
@@ -490,8 +490,11 @@ def mm_rlhf(row: dict) -> dict:
     else:
         prompt, responses, ranks, picture = need(row, "question", "models_output", "final_ranking", "image|video")
         aspects = [row[name] for name in ("faithfulness", "helpfulness", "ethical") if row.get(name)]
-        known = [(rank, score) for scores in aspects for rank, score in zip(ranks, scores) if None not in (rank, score)]
-        if sum((a[0] - b[0]) * (a[1] - b[1]) for a, b in itertools.combinations(known, 2)) > 0:  # low ranks, low scores
+        against = 0  # > 0: low ranks go with low scores, each aspect for itself
+        for scores in aspects:
+            known = [(rank, score) for rank, score in zip(ranks, scores) if None not in (rank, score)]
+            against += sum((a[0] - b[0]) * (a[1] - b[1]) for a, b in itertools.combinations(known, 2))
+        if against > 0:
             raise ValueError(f"ranking against its scores: {ranks}, {aspects}; if most say so, the last is the best")
         made = ranked(prompt, responses, [None if rank is None else -rank for rank in ranks], picture)
     subset = re.search("(?:^|/)(short|long|mcq|safety|video)/", str(picture))
@@ -646,6 +649,8 @@ def judged(category: str, prompt, responses, pairs, images=()) -> dict:
     """A benchmark's row. Marks that stand for no image ("see <image> and <image 2>") are only text, and are cut."""
     marks = len(MARK.findall(prompt)) if isinstance(prompt, str) else 0
     prompt = MARK.sub("", prompt) if marks not in (0, len(images)) else prompt
+    if isinstance(prompt, list) and not images:
+        prompt = [m | {"content": MARK.sub("", m["content"])} for m in prompt]
     return {"category": category, "prompt": prompt, "responses": responses, "pairs": pairs, "images": images}
 
 def vl_rewardbench(row: dict) -> dict:
@@ -710,7 +715,7 @@ SETS = {
     "mmpr": Published(mmpr), "omnialign": Published(omnialign), "swe-arena": Published(swe_arena),
     "mmif": Published(mmif, "dpo/*.json *dpo*.json"),  # files for fine-tuning lie beside it
     "ultrafeedback-all": Published(ultrafeedback_all), "ultrafeedback-hard": Published(ultrafeedback_hard),
-    "shp": Published(shp, "train.json train.jsonl *.parquet"),
+    "shp": Published(shp, "train.json train.jsonl train*.parquet *.parquet"),
     "tulu3-if": Published(message_lists), "olmo2": Published(message_lists), "skywork": Published(message_lists),
     "wildchat-uf": Published(message_lists, "wildchat_[ir]*", "wildchat_if wildchat_reused_on_policy_8b "
                              "wildchat_if_on_policy_70b wildchat_reused_on_policy_70b"),
@@ -814,24 +819,32 @@ def load_image(source, folder: Path) -> tuple[str, dict[str, bytes], Image.Image
     source = (source.get("bytes") or source.get("path")) if isinstance(source, dict) else source
     if isinstance(source, str) and source.startswith(BASE64):
         source = base64.b64decode(source.partition(",")[2] if source.startswith("data:") else source)
-    if not isinstance(source, bytes):
-        if not (found := find(folder, source)):
-            raise ValueError(f"missing image: {source} is not in {folder}")
-        source = found
     try:
-        frames = frames_of(source) if is_video(source) else [source]
-        decoded = [open_image(frame) for frame in frames]  # refuses what is no regular file
-        if len({image.size for image in decoded}) > 1:
-            raise ValueError(f"the frames of {source} have different sizes")
-    except ValueError as error:
-        raise ValueError(f"broken image: {error}") from None
-    encoded = [frame if isinstance(frame, bytes) else Path(frame).read_bytes() for frame in frames]
+        if not isinstance(source, bytes):
+            if not (found := find(folder, source)):
+                raise OSError(f"{source} is not in {folder}")
+            source = found
+        frames, decoded = decode(source)
+        encoded = [frame if isinstance(frame, bytes) else Path(frame).read_bytes() for frame in frames]
+    except OSError as error:  # also a name that is too long, or a file that may not be read
+        raise ValueError(f"missing image: {error}") from None
     name = hashlib.blake2b(b"".join(encoded), digest_size=16).hexdigest()
     name = f"images/{name[:2]}/{name}"  # 256 sub-folders: no folder holds a million files
     endings = [ENDINGS.get(data[:2], "") for data in encoded]
     if is_video(source):
         return name, {f"{name}/{i:02}{endings[i]}": data for i, data in enumerate(encoded)}, decoded[0]
     return name + endings[0], {name + endings[0]: encoded[0]}, decoded[0]
+
+def decode(source) -> tuple[list, list[Image.Image]]:
+    """(the frames of an image or a video, the same decoded): what is no regular file or no picture is refused."""
+    try:
+        frames = frames_of(source) if is_video(source) else [source]
+        decoded = open_frames(source) if is_video(source) else [open_image(source)]
+        if len({image.size for image in decoded}) > 1:
+            raise ValueError(f"the frames of {source} have different sizes")
+    except ValueError as error:
+        raise ValueError(f"broken image: {error}") from None
+    return frames, decoded
 
 def thumbprint(image: Image.Image) -> int:
     """64 bits that survive re-encoding and resizing: in a grey thumbnail of 9 x 8, whether a pixel's right neighbour is
@@ -924,10 +937,12 @@ def curate(item, name: str, cfg: "Config", out: Path, benchmarks) -> tuple:
 
 def in_order(function, items, workers: int):
     """(item, future of function(item)) of every item, in their order, with few of them in memory."""
-    items = iter(items)
-    with ThreadPoolExecutor(workers) as threads:
+    items, threads = iter(items), ThreadPoolExecutor(workers)
+    try:
         while batch := list(itertools.islice(items, 32 * workers)):
             yield from [(item, threads.submit(function, item)) for item in batch]
+    finally:  # also where the reader stops in the middle: no thread may write into a folder that is being removed
+        threads.shutdown(cancel_futures=True)
 
 def convert(name: str, cfg: "Config") -> dict:
     """Converts a published set and returns the report. Rows are read in threads, since images may be to decode; what
@@ -940,8 +955,8 @@ def convert(name: str, cfg: "Config") -> dict:
     responses, prompt_tokens, response_tokens = Counter(), Counter(), Counter()  # {number: how often}
 
     def drop(reason: str, example: str):
-        dropped[reason] += 1
-        first_dropped.setdefault(reason, one_line(example))
+        dropped[printable(reason)] += 1
+        first_dropped.setdefault(printable(reason), one_line(example))
 
     with new_folder(cfg.out) as out, contextlib.ExitStack() as stack:
         write = functools.partial(open, mode="w", encoding="utf-8", errors="backslashreplace")  # as JSON: \ud83d
@@ -950,7 +965,7 @@ def convert(name: str, cfg: "Config") -> dict:
         items = itertools.chain.from_iterable(read_source(name, source) for source in cfg.source)
         work = functools.partial(curate, name=name, cfg=cfg, out=out, benchmarks=benchmarks)
         workers = cfg.workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
-        rows = in_order(work, itertools.islice(items, cfg.n or None), workers)
+        rows = stack.enter_context(contextlib.closing(in_order(work, itertools.islice(items, cfg.n or None), workers)))
         for (place, *_), done in tqdm(rows, name, unit=" rows", leave=False):
             counts["rows_in"] += 1
             try:
@@ -959,7 +974,8 @@ def convert(name: str, cfg: "Config") -> dict:
                 if is_benchmark and cfg.on_bad_row == "stop":
                     raise BadRow(f"{place}: {error}; --on_bad_row skip would leave it out and count it") from None
                 drop(re.sub(r"\d+", "N", re.split("[:;]", str(error), maxsplit=1)[0])[:100], f"{place}: {error}")
-                if counts["rows_in"] >= 1000 and not verdicts and "known to a benchmark" not in dropped:
+                known = any(reason.startswith(("missing image", "known to a benchmark")) for reason in dropped)
+                if counts["rows_in"] >= 1000 and not verdicts and not known:
                     break  # this is another set
                 continue
             line = line_of(c)

@@ -1,6 +1,6 @@
 """Scores reward models as the papers do, and shows where they fail (BaseReward, arXiv 2509.16127, section 5).
 
-Read: to the ruled line (10 minutes): what each benchmark counts, and what to look at beside accuracy. Then `figures`.
+Read: to the ruled line (10 minutes): what each benchmark counts, what to look at beside accuracy; then `figures`.
 
     python evaluate.py --model runs/default                       800 drawn comparisons, new to the model: half a minute
     python evaluate.py --model DIR --data bench/vl-rewardbench bench/rm-bench     benchmarks, as data.py makes them
@@ -42,7 +42,7 @@ ALL = "accuracy"  # the group of every pair
 KEYS = {"rewards": "images as they are", "removed": "images removed", "shuffled": "images shuffled"}
 
 def margins(rows):
-    """(row, winner, loser, margin) of every pair. A pair is right when margin > 0: a tie is wrong, as officially."""
+    """(row, winner, loser, margin) of every pair of prediction rows. Right is margin > 0; officially a tie is wrong."""
     for row in rows:
         for winner, loser in row["pairs"]:
             yield row, winner, loser, row["rewards"][winner] - row["rewards"][loser]
@@ -71,7 +71,7 @@ def whole_ids(rows):
         for name in (pairs[0][0]["category"] + "+", "Acc+"):
             yield name, pairs[0][0]["prompt"], all(hit for _, hit in pairs)
 
-# A benchmark is a function: {figure: value} from {group: share of hits}. Two plainer ones stand below.
+# A benchmark is a function: {figure: value} from {group: share of hits}. Two more stand below the line.
 def vl_rewardbench(share) -> dict:
     """Overall counts every pair alike, macro every group.
 
@@ -85,7 +85,7 @@ def mm_rlhf_rewardbench(share) -> dict:
     """Acc is the share of pairs, Acc+ that of ids with all their pairs right.
 
     >>> row = {"id": "a", "category": "mcq", "prompt": 0, "pairs": [(0, 1), (0, 2)], "rewards": [2.0, 1.0, 3.0]}
-    >>> list(whole_ids([row]))  # one of its two pairs is right: half a point for Acc, none for Acc+
+    >>> list(whole_ids([row]))  # one of its two pairs is right: 1 of 2 for Acc, 0 of 1 for Acc+
     [('mcq+', 0, False), ('Acc+', 0, False)]
     """
     names = ("mcq", "long", "short", "safety", "video")
@@ -107,7 +107,7 @@ def rm_bench(share) -> dict:
 def controls(rows):
     """Events beside accuracy: does the model look at the images, does it count words, is it as right as it is sure?"""
     for row, winner, loser, margin in margins(rows):
-        for key in KEYS if row.keys() >= set(KEYS) else ():  # alike in all three: it never looked
+        for key in KEYS if row.keys() >= set(KEYS) else ():  # accuracy alike in all three: it never looked
             yield KEYS[key], row["prompt"], row[key][winner] > row[key][loser]
         size, other = row["characters"][winner], row["characters"][loser]
         if abs(size - other) <= 0.1 * max(size, other):  # where length cannot help
@@ -388,14 +388,19 @@ def score(cfg: "Config", device: torch.device):
                                    **receipt(device)}, found, rows
         del model
 
+RECEIPT = {"model", "command", "commit", "date", "hardware", "dtype", "seconds"}  # what a line of facts has beside
+
 def rescored(cfg: "Config"):
     """What `score` yields, of files it left. Folders of --data, found by name, are for the pictures of report.html."""
     folders = {Path(path).resolve().name.removesuffix(".jsonl"): path for path in cfg.data}
     wanted = {"row", "id", "category", "prompt", "pairs", "characters", "rewards"}
+    if len({Path(file).resolve().parent.name for file in cfg.rescore}) < len(cfg.rescore):
+        raise ValueError("--rescore: two files of one folder name; rescore one model at a time")
     for file in cfg.rescore:
         try:
             facts, *found = [json.loads(line) for line in Path(file).read_text(encoding="utf-8").splitlines()]
-            if facts["benchmark"] not in METRICS or not all("error" in row or row.keys() >= wanted for row in found):
+            rows_whole = all("error" in row or row.keys() >= wanted for row in found)
+            if facts["benchmark"] not in METRICS or not rows_whole or not facts.keys() >= RECEIPT:
                 raise ValueError("keys are missing")
         except (OSError, ValueError, LookupError, TypeError, AttributeError):  # no such file, no JSON, or another's
             raise ValueError(f"--rescore {file}: this is not the predictions.jsonl of an earlier run") from None

@@ -7,7 +7,7 @@
 A reward model reads a prompt x with its images and a response y, and gives one number r(x, y): higher is better. It
 learns from pairs of responses of which people, or a stronger model, preferred one. The unit of work is the
 *comparison*: one prompt and the K responses to it. The prompt with its images goes through the network once, and every
-response branches off from it. Rewards and gradients are those of separate sequences; only the time is another.
+response branches off from it. Rewards and gradients are those of separate sequences; it is only faster.
 
 Read: down to the double line, 25 minutes; `python tests/worked_example.py` prints one comparison with all its numbers.
 Letters for sizes: B pairs, K responses of a prompt, R responses in a pack, S response tokens in a pack, T tokens,
@@ -133,8 +133,8 @@ def mrope_positions(ids: list[int], grids: list, image_pad: int, video_pad: int,
         row     0 1  2 2 2 3 3 3  5
         column  0 1  2 3 4 2 3 4  5
 
-    The next moment of a video is `video_step` later. Trap: transformers from 5.3 on goes on after a *video* at start +
-    max(rows, columns), which overlaps the times of a long one; Qwen was trained with largest + 1, and so are we.
+    In a video two frames are a moment; the next is `video_step` later. Trap: transformers from 5.3 on goes on after a
+    *video* at start + max(rows, columns), which overlaps the times of a long one; Qwen was trained with largest + 1.
     """
     parts, grids, at, start = [], iter(grids), 0, 0
     while at < len(ids):
@@ -170,7 +170,7 @@ class Pack:
     positions: torch.Tensor  # (3, T)
     last_token: torch.Tensor  # (R,) index of each response's final token: nothing is inferred from padding
     response_length: torch.Tensor  # (R,) tokens of each response, <|im_end|> not counted
-    response_tokens: torch.Tensor  # (S,) index of every response token
+    response_tokens: torch.Tensor  # (S,) index of every response token; this and the next are for the policy alone
     predicted_by: torch.Tensor  # (S,) index of the token that predicts it; for a first one the end of the prompt
     pairs: torch.Tensor  # (B, 2) indices into the R responses
     pixel_values: torch.Tensor  # (P, channels*2*14*14)
@@ -204,7 +204,7 @@ def pack(comparisons: list, processor: "Processor | None" = None) -> Pack:
             last_token.append(len(ids) - 1)
             length.append(len(response) - 1)
         comparison += [c] * (len(ids) - start)
-        table = branch_mask(torch.tensor(branch[start:])) if len(ids) - start <= SMALL else None
+        table = branch_mask(torch.tensor(branch[start:])) if len(ids) - start <= SMALL else None  # see `attend`
         blocks.append(([len(item.prompt_ids), *map(len, item.response_ids)], table))
     integers = partial(torch.tensor, dtype=torch.long)  # an empty list too
     return Pack(*map(integers, (ids, comparison, branch)), torch.cat(positions, dim=1),
@@ -244,7 +244,7 @@ def embed(backbone, pack: Pack) -> torch.Tensor:
     return embeddings + 0.0 * backbone.visual(blank, grid_thw=grid).pooler_output.sum().to(embeddings.dtype)
 
 def hidden_states(backbone, pack: Pack) -> torch.Tensor:
-    """Final hidden states (T, D) of a pack. `blocks` travel through the layers to `attend`."""
+    """Final hidden states (T, D) of a pack. `attend` (below the line) gets `blocks`, and looks by branch_mask."""
     no_mask = torch.zeros(1, 1, 1, 1, device=pack.input_ids.device)  # of 4 dimensions: transformers makes none itself
     embeddings = embed(backbone, pack)[None]  # (1, T, D)
     out = decode(backbone, embeddings, pack.positions[:, None], no_mask, blocks=pack.blocks, use_cache=False)
@@ -392,7 +392,7 @@ def text_of_part(part) -> str:
     if kind in ("image", "image_url", "video"):
         return "<image>"
     if kind != "text" or not isinstance(part.get("text"), str):
-        raise ValueError(f"a part of a message is {str(part)[:80]}; want the type text with a text, or image or video")
+        raise ValueError(f"a part of a message cannot be used: {str(part)[:80]}; want a text, an image or a video")
     return part["text"]
 
 # Images and videos ----------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """GRPO with the reward model, and what it does to the true accuracy of a policy: BaseReward (arXiv 2509.16127), 5.4.
 
-Read: down to the double line, 12 minutes; `grpo_step` is the algorithm. Before: model.py (packs, Policy, generate).
+Read: down to the double line, 12 minutes; `grpo_step` is the algorithm. Before: packs, and Policy below the line (model.py).
 
     python train.py && python rl_demo.py             a tiny policy under all four rewards: 2 minutes, and 75 s each
     torchrun --nproc_per_node 8 rl_demo.py --policy Qwen/Qwen2.5-VL-3B-Instruct --reward_model DIR --data FOLDER \\
@@ -36,6 +36,7 @@ import json
 import math
 import random
 import re
+import signal
 import sys
 import time
 import unicodedata
@@ -364,6 +365,8 @@ def grpo(kind: str, start, run) -> int:
                     with replacing(file) as partial:
                         torch.save(state, partial)
                 from_first("written")  # no rank ends before: torchrun would then end the writer
+    if told.number and not status:
+        signal.raise_signal(told.number)  # it came in the last step, of which all is saved: now it ends the process
     if status:
         why = "ten updates in a row had a gradient that is not finite; take a lower --lr. " * (bad_in_a_row >= 10)
         say(f"rl_demo.py: {why}{step} steps under {kind} are saved in {folder}; go on with --resume", sys.stderr)

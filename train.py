@@ -12,7 +12,7 @@ Into --out go the reward model (RewardModel.from_pretrained loads it), metrics.j
 curve.svg, summary.json with the accuracy on held-out comparisons, and checkpoint.pt of an unfinished run.
 
 Several processes. torchrun starts this script once for each GPU and tells each its *rank*: 0, 1 ... *world_size* - 1.
-Every rank holds the model and takes its share of a step's rows; before the optimiser moves, the ranks add up their
+Every rank holds the model and takes its share of a step's rows; before the optimiser moves, the ranks exchange their
 gradients, so that all take the same step and stay equal. `python train.py` is a world of one. A step is the same in
 every world: (seed, step) name its pairs, and its loss is the sum over them on all ranks divided by their number.
 
@@ -183,7 +183,8 @@ def take_step(model, optimizer, packs: list[Pack], filler: Pack, micro_steps: in
     all make equally many micro-steps: a rank with fewer packs runs `filler`, at weight 0. The norm is that of the
     exchanged gradient, the same on all ranks: if it is not finite, all skip the step.
     """
-    world_size, trained = dist.get_world_size(), [p for p in model.parameters() if p.requires_grad]
+    # Not model.parameters(): after a forward without gradients FSDP shows whole tensors, which get none
+    world_size, trained = dist.get_world_size(), optimizer.param_groups[0]["params"]
     sums = torch.zeros(3, dtype=torch.float64, device=trained[0].device)
     for micro_step in range(micro_steps):
         own = micro_step < len(packs)
@@ -329,6 +330,8 @@ def open_data(cfg: Config) -> tuple[list, list[float], list]:
     """(training sets, the weight of each, held-out sets). Drawn pictures where --data names none."""
     named = [re.fullmatch(r"(?s)(.*?)(?::(\d{1,3}(?:\.\d+)?))?", item).groups("1") for item in cfg.data]
     sets, weights = [read_comparisons(folder) for folder, _ in named], [float(weight) for _, weight in named]
+    if 0.0 in weights:
+        raise ValueError(f"--data {cfg.data[weights.index(0.0)]}: the weight must be above zero")
     held, total = [read_comparisons(folder) for folder in cfg.eval_data], sum(map(len, sets))
     if not sets:
         return [synthetic(cfg.train_size, cfg.seed)], [1.0], held or [synthetic(cfg.eval_size, held_out=True)]
@@ -554,7 +557,8 @@ def report(out: Path, model: RewardModel, held: list[Comparison], begun: float, 
     """Scores the held-out comparisons, saves model, summary and curve, and prints what came out. The last checkpoint
     stays until all is done. ValueError if nothing was trained on, or if a reward is not finite: that is no result."""
     log = from_first(read_log(out / "metrics.jsonl"))
-    pairs, losses = sum(row["pairs"] for row in log), [row["loss"] for row in log if row["pairs"]][-50:]
+    pairs = sum(row["pairs"] for row in log)
+    losses = [row["loss"] for row in log if row["pairs"] and math.isfinite(row["loss"])][-50:]
     dropped = {"bad row": sum(row["bad_rows"] for row in log),
                f"longer than {cfg.pack_tokens} tokens": sum(row["too_long"] for row in log)}
     if log and not pairs:
@@ -594,6 +598,7 @@ def report(out: Path, model: RewardModel, held: list[Comparison], begun: float, 
 
 def draw_log(out: Path, log: list[dict]) -> None:
     """The learning curve as out/curve.svg; training figures are means over a fiftieth of the run."""
+    log = [row for row in log if row["pairs"]]
     width = max(len(log) // 50, 1)
     parts = [log[i:i + width] for i in range(0, len(log), width)]
     loss, right, margin = ([(part[-1]["step"], fmean(row[name] for row in part)) for part in parts]
@@ -670,7 +675,7 @@ def command_line(main, Config, script: str) -> None:
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and not re.search("gloo|NCCL|onnection (closed|reset)", str(error)):
             raise
-        complain(script, "another rank ended; its message is above")
+        complain(script, f"another rank ended (its message is above), or the network failed: {str(error)[:200]}")
     sys.exit(status)
 
 def complain(script: str, message: str) -> None:

@@ -77,7 +77,7 @@ BAD_ROWS = [  # (what stands in the file, what the error must say)
     (GOOD | {"prompt": 5}, "the prompt is a int"),
     (GOOD | {"prompt": [{"role": "<|image_pad|>", "content": "x"}]}, "no role among"),
     (GOOD | {"prompt": [{"role": "user"}]}, "the content of the user's message is a NoneType"),
-    (GOOD | {"prompt": [{"role": "user", "content": [{"type": "audio"}]}]}, "a part of a message is {'type': 'audio'}"),
+    (GOOD | {"prompt": [{"role": "user", "content": [{"type": "audio"}]}]}, "a part of a message cannot be used: {'type': 'audio'}"),
     (GOOD | {"prompt": "half \ud83d of a pair"}, "the content of the user's message holds"),
     (GOOD | {"prompt": say("I end it.")}, "must end with a message of the user"),
     (GOOD | {"responses": ["a"]}, "pair [0, 1] is out of range: want two whole numbers below 1"),

@@ -345,9 +345,9 @@ def test_rescoring_gives_every_table_again_without_a_model(scored, folder, tmp_p
 def test_incomplete_predictions_are_refused_in_one_line(key, tmp_path):
     """A row without one of the keys that the tables need, a half line, facts of no benchmark, and JSON of another kind."""
     file = tmp_path / "predictions.jsonl"
-    facts, (row,) = {"benchmark": "comparisons", "model": ["m"]}, rows_of(("a", "b", 1))
+    facts, (row,) = dict.fromkeys(evaluate.RECEIPT, "") | {"benchmark": "comparisons", "model": ["m"]}, rows_of(("a", "b", 1))
     lost = {name: value for name, value in row.items() if name != key}
-    for lines in ([facts, row, lost], [row, row], [], [facts | {"benchmark": []}, row], [[1], row], [facts, 3], [facts, "row"]):
+    for lines in ([facts, row, lost], [row, row], [], [{"benchmark": "comparisons"}, row], [facts | {"benchmark": []}, row], [[1], row], [facts, 3], [facts, "row"]):
         file.write_text("\n".join(map(json.dumps, lines)) + "\n" + '{"half' * (key == "row"))
         with pytest.raises(ValueError, match="this is not the predictions.jsonl of an earlier run") as error:
             list(evaluate.rescored(Config(rescore=[str(file)])))
@@ -378,9 +378,9 @@ def test_several_folders_are_scored_by_one_model_that_is_loaded_once(models, fol
             benchmark(tmp_path / "rewardbench", "rewardbench", [(subset, "", 1) for subset in subsets]), folder]
     rm = Comparison("?", list("abcdef"), [(i, 3 + j) for i in range(3) for j in range(3)], source="rm-bench")
     data.append(write_comparisons(tmp_path / "rm-bench", [replace(rm, category=d) for d in evaluate.DOMAINS], bar=False))
-    loaded, load = [], RewardModel.from_pretrained.__func__
+    loaded, load = [], RewardModel.from_pretrained
     monkeypatch.setattr(RewardModel, "from_pretrained",
-                        classmethod(lambda cls, path, dtype: loaded.append(dtype) or load(cls, path, dtype=dtype)))
+                        staticmethod(lambda path, dtype: loaded.append(dtype) or load(path, dtype=dtype)))
     main(Config(model=[str(models / "eyes")], data=list(map(str, data)), out=str(tmp_path / "out"), probe=False))
     assert loaded == [torch.float32]  # on a CPU; the 7B takes 15 GB of a GPU in bf16, and 31 in fp32
     found = json.loads((tmp_path / "out" / "summary.json").read_text())

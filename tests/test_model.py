@@ -142,7 +142,7 @@ def test_a_prompt_that_cannot_be_used_is_one_line(tiny):
            "no role among": ([{"role": "<|image_pad|>", "content": "Hello"}], []),
            "half of a character": ("a \ud83d b", []),
            "want a text": ([{"role": "user"}], []),
-           "part of a message": ([{"role": "user", "content": [{"type": "sound"}]}], [])}
+           "part of a message cannot be used": ([{"role": "user", "content": [{"type": "sound"}]}], [])}
     for words, (prompt, images) in bad.items():
         with pytest.raises(ValueError, match=words) as error:
             encode(Comparison(prompt, ["a", "b"], images=images), tiny.processor)

@@ -548,7 +548,7 @@ def test_score_is_a_reward_function_of_trl(policy_folder, tiny, tmp_path):
     from datasets import Dataset
     from transformers import AutoTokenizer
     (lines,) = re.findall(r"^def base_reward.*?^    return rewards$", (ROOT / "README.md").read_text(), re.M | re.S)
-    exec(lines, names := {"judge": tiny})
+    exec(lines, names := {"reward_model": tiny})
     reward = names["base_reward"]
     c = visual_and_text()[0]
     asked = [{"role": "user", "content": c.prompt.replace("<image>", "")}]

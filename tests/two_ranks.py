@@ -22,7 +22,7 @@ class KeepGradient:
     """In the place of an optimiser: its step keeps the gradient."""
 
     def __init__(self, model):
-        self.model = model
+        self.model, self.param_groups = model, [{"params": list(model.parameters())}]
 
     def step(self):
         with torch.no_grad():

@@ -45,7 +45,7 @@ def table() -> str:
         loss = pairwise_loss(rewards, packed.pairs).item()
     (r1, r2), (last1, last2) = rewards.tolist(), packed.last_token.tolist()
     lines.append(f"\nlast tokens {last1} and {last2}: r_1 = {r1:.3f}, r_2 = {r2:.3f}")
-    lines.append(f"pair (1, 2): margin r_1 - r_2 = {r1 - r2:.3f}, loss -log sigmoid(margin) = {loss:.3f} "
+    lines.append(f"pair (0, 1): margin r_1 - r_2 = {r1 - r2:.3f}, loss -log sigmoid(margin) = {loss:.3f} "
                  f"(no opinion: log 2 = {math.log(2):.3f})")
     return "\n".join(lines)
 

@@ -276,7 +276,8 @@ def build_head(width: int, layers: int = 2, activation: str = "silu") -> nn.Sequ
     return nn.Sequential(*parts, last)
 
 class RewardModel(nn.Module):
-    """A backbone without its vocabulary, and a small head that turns the end of a response into its reward."""
+    """A backbone without its vocabulary, and a small head that turns the end of a response into its reward.
+    Below the line: score_many, from_backbone, from_pretrained, save_pretrained."""
 
     def __init__(self, backbone, head: nn.Sequential, processor: "Processor", config: dict):
         super().__init__()
@@ -298,8 +299,6 @@ class RewardModel(nn.Module):
     def score(self, prompt, responses, images=()) -> list[float]:
         """Rewards of K responses to one prompt, higher is better; only their differences mean something."""
         return self.score_many([Comparison(prompt, responses, images=list(images))])[0]
-    # Below the line: score_many, from_backbone, from_pretrained, save_pretrained
-
 # 6  The loss ----------------------------------------------------------------------------------------------------------
 def pairwise_loss(rewards, pairs, zero_coef=0.0, length_norm=False, response_length=None, pairs_in_step=None):
     """Equation (1): the mean over pairs of -log sigmoid(r(x, chosen) - r(x, rejected)), in fp32.

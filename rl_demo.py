@@ -1,8 +1,8 @@
 """GRPO with the reward model, and what it does to the true accuracy of a policy: BaseReward (arXiv 2509.16127), 5.4.
 
-Read: down to the double line, 12 minutes; `grpo_step` is the algorithm. Before: packs, and Policy below the line (model.py).
+Read: to the double line, 12 minutes; `grpo_step` is the algorithm. Before: packs, and Policy (model.py, below it).
 
-    python train.py && python rl_demo.py             a tiny policy under all four rewards: 2 minutes, and 75 s each
+    python train.py && python rl_demo.py             a tiny policy under all four rewards: a minute, 90 s each
     torchrun --nproc_per_node 8 rl_demo.py --policy Qwen/Qwen2.5-VL-3B-Instruct --reward_model DIR --data FOLDER \\
              --reward hybrid --gradient_checkpointing            the real thing: rows with a `prompt` and an `answer`
 

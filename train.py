@@ -2,7 +2,7 @@
 
 Read: `main` and on to the double line, 12 minutes, after Comparison, pack, pairwise_loss (model.py), Order (data.py).
 
-    torchrun train.py                                           a tiny model on drawn pictures: two CPU cores, 2 minutes
+    torchrun train.py                                           a tiny model on drawn pictures: two CPU cores, 3 minutes
     torchrun train.py --data FOLDER --out runs/mine             the same tiny model on your own rows (format: data.py)
     torchrun --nproc_per_node 8 train.py --backbone Qwen/Qwen2.5-VL-7B-Instruct --shard --gradient_checkpointing \\
              --data FOLDER OTHER:2.0 --out runs/7b              the real thing; OTHER is seen twice
@@ -183,8 +183,7 @@ def take_step(model, optimizer, packs: list[Pack], filler: Pack, micro_steps: in
     all make equally many micro-steps: a rank with fewer packs runs `filler`, at weight 0. The norm is that of the
     exchanged gradient, the same on all ranks: if it is not finite, all skip the step.
     """
-    # Not model.parameters(): after a forward without gradients FSDP shows whole tensors, which get none
-    world_size, trained = dist.get_world_size(), optimizer.param_groups[0]["params"]
+    world_size, trained = dist.get_world_size(), optimizer.param_groups[0]["params"]  # FSDP swaps model.parameters()
     sums = torch.zeros(3, dtype=torch.float64, device=trained[0].device)
     for micro_step in range(micro_steps):
         own = micro_step < len(packs)

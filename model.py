@@ -640,7 +640,7 @@ def generate(policy: Policy, prompts: list[Encoded], max_new_tokens: int, group_
         while not ended.all() and len(written) < max_new_tokens:
             if written:
                 position, mask = position + 1, F.pad(mask, (0, 1), value=1)
-                step = backbone.get_input_embeddings()(token)[:, None].to(embeddings.dtype)  # (prompts * G, 1, D)
+                step = backbone.get_input_embeddings()(written[-1])[:, None].to(embeddings.dtype)  # (prompts * G, 1, D)
                 out = decode(backbone, step, position.expand(3, 1, -1).mT, mask, past_key_values=cache, use_cache=True)
                 hidden = out.last_hidden_state[:, -1]
             choice = table = policy.log_softmax(hidden)  # (prompts * G, V)

@@ -2,7 +2,7 @@
 
 Read: to the double line, 12 minutes; `grpo_step` is the algorithm. Before: packs, and Policy (model.py, below it).
 
-    python train.py && python rl_demo.py             a tiny policy under all four rewards: a minute, 90 s each
+    python train.py && python rl_demo.py             a tiny policy, then four rewards: 90 s for each of the five
     torchrun --nproc_per_node 8 rl_demo.py --policy Qwen/Qwen2.5-VL-3B-Instruct --reward_model DIR --data FOLDER \\
              --reward hybrid --gradient_checkpointing            the real thing: rows with a `prompt` and an `answer`
 
@@ -249,7 +249,7 @@ PREAMBLE = re.compile(r"^\W*(?:the )?(?:(?:final|correct) )?(?:answer|option|cho
 OPTION = re.compile(r"(?:[^\w-]*([a-z])(?:\W*$|[).:]\s))?(.*)", re.DOTALL)  # "(a)", "b.", "c) red"; not "a red circle"
 WORD = re.compile(r"-?\d+(?:[.:/]\d+)*|(?:(?<!\w)-)?[^\W\d_]+|[%°<>≤≥≠=^√±×÷]|(?<=\w)[+*/](?=\w)")
 UNITS = set("mm cm m km g kg s min h % ° percent degrees dollars euros inches feet".split())
-SPELT = {"([⁰¹²³⁴-⁹⁻]+)": r"^\1", r"(?<=\d),(?=\d{3}(?!\d))": "",  # ten to the second is not 102; 1,000 is 1000
+SPELT = {"([⁰¹²³⁴-⁹⁻]+)": r"^\1", r"(?<=\d),(?=\d{3}(?!\d))": "",  # 10² is not 102, 1,000 is 1000
          r"(?<![\d.])\.(?=\d)": "0.", r"(\.\d*?)0+(?!\d)": r"\1"}  # .5 is 0.5; 2.50 is 2.5
 
 def answer_matches(response: str, answer: str) -> bool:

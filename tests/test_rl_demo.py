@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from transformers import HfArgumentParser
 
 import rl_demo as rl
-from data import BadRow, synthetic, write_comparisons
+from data import synthetic, write_comparisons
 from model import Policy, RewardModel, encode, pack, tiny_backbone
 from train import start_processes
 from two_ranks_rl import stop_after_two_steps

@@ -154,8 +154,11 @@ def synthetic_comparison(seed: int, i: int, held_out: bool) -> Comparison:
     # A grade is the number of right words. Equals tie: three wrong colours make no pair among themselves
     grades = [sum(word in right.split() for word in response.split()) for response in responses]
     pairs = [(w, l) for w, l in itertools.permutations(range(k), 2) if grades[w] > grades[l]]
+    named = {"describe": ("colour", "place"), "position": ("place",), "text": ("colour",)}.get(category, (category,))
+    critiques = [", ".join(f"{name} {'right' if word in right.split() else 'wrong'}" for name, word in
+                           zip(named, response.split())) for response in responses]  # for critics and judges
     return Comparison("<image>" * len(images) + prompt, responses, pairs, images, id=f"{seed}-{i}", source="synthetic",
-                      category=category, answer=right)
+                      category=category, answer=right, critiques=critiques)
 
 # A published set -----------------------------------------------------------------------------------------------------
 # A function takes a row as it was published and returns {"prompt", "responses", "pairs", "images"}; for RL {"prompt",
@@ -245,13 +248,17 @@ def place(rows, i: int) -> str:
         return rows.place(i)
     return f"drawn comparison {i + 1}" if rows[i].source == "synthetic" else f"comparison {i + 1}"
 
-def encode_row(rows, i: int, processor: Processor) -> Encoded:
-    """Comparison i as tokens and patches. BadRow with its place if it cannot be read or cannot be encoded."""
+def use_row(rows, i: int, use):
+    """use(comparison i), as `encode` does. BadRow with its place if it cannot be read, or if that is a ValueError."""
     comparison = rows[i]
     try:
-        return encode(comparison, processor)
+        return use(comparison)
     except ValueError as error:
         raise BadRow(f"{place(rows, i)}: {error}") from None
+
+def encode_row(rows, i: int, processor: Processor) -> Encoded:
+    """Comparison i as tokens and patches."""
+    return use_row(rows, i, functools.partial(encode, processor=processor))
 
 @contextlib.contextmanager
 def lock(path):

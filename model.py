@@ -27,6 +27,7 @@ import stat
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 
 import torch
@@ -62,7 +63,7 @@ class Comparison:
     source: str = ""  # the data set it comes from
     category: str = ""  # what accuracy is reported by
     answer: str = ""  # a checkable answer, for RL
-    critiques: list = ()  # one text for each response, where a data set has them
+    critiques: list = ()  # one text for each response, where a data set has them; "" for one that has none
 
 # 2  Tokens ------------------------------------------------------------------------------------------------------------
 MARK = re.compile("<image>|<video>")  # each takes the next entry of `images`; the entry decides which of the two it is
@@ -78,13 +79,14 @@ class Encoded:
     pixel_values: torch.Tensor  # (P, channels*2*14*14)
     image_grid_thw: torch.Tensor  # (N, 3) moments, rows and columns of patches
     prompt_positions: torch.Tensor  # (3, tokens of the prompt)
+    learnt: list[int] = ()  # K numbers: how many of its last tokens a branch's text to be learnt has (section 7)
 
     @property
     def tokens(self) -> int:
         return len(self.prompt_ids) + sum(len(ids) for ids in self.response_ids)
 
     def with_responses(self, response_ids: list[list[int]]) -> "Encoded":
-        return replace(self, response_ids=response_ids, pairs=[])
+        return replace(self, response_ids=response_ids, pairs=[], learnt=())
 
 def encode(comparison: Comparison, processor: "Processor") -> Encoded:
     """The tokens of the prompt once, and of each response on its own, so that no token spans the border between them.
@@ -119,8 +121,15 @@ def encode(comparison: Comparison, processor: "Processor") -> Encoded:
         response_ids.append([*ids, processor.end])
     positions = mrope_positions(prompt_ids, grids, processor.id_of(IMAGE_PAD), processor.id_of(VIDEO_PAD),
                                 processor.video_step)
-    return Encoded(prompt_ids, response_ids, [tuple(pair) for pair in comparison.pairs], torch.cat(patches),
+    item = Encoded(prompt_ids, response_ids, [tuple(pair) for pair in comparison.pairs], torch.cat(patches),
                    torch.tensor(grids, dtype=torch.long).view(-1, 3), positions)
+    if processor.paradigm == "think":  # the whole response is what it learns to write
+        return replace(item, learnt=[len(ids) for ids in response_ids])
+    if processor.paradigm == "critic" and comparison.critiques:
+        texts = [SPECIAL.sub("< ", text) for text in comparison.critiques]
+        ids = [tokenizer(text, add_special_tokens=False).input_ids if text.strip() else None for text in texts]
+        return with_critiques(item, ids, processor)
+    return item
 
 def mrope_positions(ids: list[int], grids: list, image_pad: int, video_pad: int, video_step: int = 1) -> torch.Tensor:
     """M-RoPE positions (3, tokens): time, row and column of every token of a prompt (arXiv 2409.12191, section 2.1).
@@ -170,8 +179,9 @@ class Pack:
     positions: torch.Tensor  # (3, T)
     last_token: torch.Tensor  # (R,) index of each response's final token: nothing is inferred from padding
     response_length: torch.Tensor  # (R,) tokens of each response, <|im_end|> not counted
-    response_tokens: torch.Tensor  # (S,) index of every response token; this and the next are for the policy alone
+    response_tokens: torch.Tensor  # (S,) index of every response token; this and the next two: for vocabulary heads
     predicted_by: torch.Tensor  # (S,) index of the token that predicts it; for a first one the end of the prompt
+    learnt: torch.Tensor  # (S,) 1/n for each of the n tokens of a text to be learnt (section 7), else 0
     pairs: torch.Tensor  # (B, 2) indices into the R responses
     pixel_values: torch.Tensor  # (P, channels*2*14*14)
     image_grid_thw: torch.Tensor  # (N, 3)
@@ -186,7 +196,7 @@ def pack(comparisons: list, processor: "Processor | None" = None) -> Pack:
     """Comparisons, encoded already or as they are with a processor, end to end in one row, nothing between them."""
     encoded = [item if isinstance(item, Encoded) else encode(item, processor) for item in comparisons]
     ids, comparison, branch, positions, blocks = [], [], [], [], []
-    last_token, length, response_tokens, predicted_by, pairs = [], [], [], [], []
+    last_token, length, response_tokens, predicted_by, learnt, pairs = [], [], [], [], [], []
     for c, item in enumerate(encoded):
         pairs += [(len(last_token) + winner, len(last_token) + loser) for winner, loser in item.pairs]
         start, prompt_end = len(ids), len(ids) + len(item.prompt_ids)
@@ -194,7 +204,7 @@ def pack(comparisons: list, processor: "Processor | None" = None) -> Pack:
         branch += [0] * len(item.prompt_ids)
         positions.append(item.prompt_positions)
         after_prompt = int(item.prompt_positions.max()) + 1
-        for b, response in enumerate(item.response_ids, start=1):
+        for b, (response, n) in enumerate(zip(item.response_ids, item.learnt or [0] * len(item.response_ids)), start=1):
             at = len(ids)
             ids += response
             branch += [b] * len(response)
@@ -203,12 +213,13 @@ def pack(comparisons: list, processor: "Processor | None" = None) -> Pack:
             predicted_by += [prompt_end - 1, *range(at, len(ids) - 1)]
             last_token.append(len(ids) - 1)
             length.append(len(response) - 1)
+            learnt += [0.0] * (len(response) - n) + [1 / max(n, 1)] * n
         comparison += [c] * (len(ids) - start)
         table = branch_mask(torch.tensor(branch[start:])) if len(ids) - start <= SMALL else None  # see `attend`
         blocks.append(([len(item.prompt_ids), *map(len, item.response_ids)], table))
     integers = partial(torch.tensor, dtype=torch.long)  # an empty list too
     return Pack(*map(integers, (ids, comparison, branch)), torch.cat(positions, dim=1),
-                *map(integers, (last_token, length, response_tokens, predicted_by)),
+                *map(integers, (last_token, length, response_tokens, predicted_by)), torch.tensor(learnt),
                 integers(pairs).view(-1, 2), torch.cat([item.pixel_values for item in encoded]),
                 torch.cat([item.image_grid_thw for item in encoded]), blocks)
 
@@ -275,26 +286,56 @@ def build_head(width: int, layers: int = 2, activation: str = "silu") -> nn.Sequ
     nn.init.zeros_(last.bias)
     return nn.Sequential(*parts, last)
 
+def response_logprobs(lm_head, hidden: torch.Tensor, pack: Pack, keep=slice(None), never=()) -> torch.Tensor:
+    """Log-probabilities in fp32 of the response tokens of a pack, each given what stands before it: (S,), or of `keep`.
+    lm_head: the vocabulary head. Only the rows that predict meet it, 1,024 at a time and again in the backward pass:
+    the logits of 8 responses of 512 tokens over 150,000 words would be 2.5 GB.
+    """
+    ids, hidden = pack.input_ids[pack.response_tokens[keep]], hidden[pack.predicted_by[keep]]  # (S,), (S, D)
+    parts = [checkpoint(lambda h, i: log_softmax(lm_head, h, never).gather(1, i[:, None])[:, 0], *part,
+                        use_reentrant=False) for part in zip(hidden.split(1024), ids.split(1024))]
+    return torch.cat(parts)
+
+def log_softmax(lm_head, hidden: torch.Tensor, never=()) -> torch.Tensor:
+    """(tokens, V) in fp32; the words `never` have probability 0."""
+    logits = lm_head(hidden).float()
+    logits[:, list(never)] = -torch.inf
+    return logits.log_softmax(dim=-1)
+
 class RewardModel(nn.Module):
-    """A backbone without its vocabulary, and a small head that turns the end of a response into its reward.
+    """A backbone without its vocabulary, and a small head that turns the end of a response into its reward: the paper's
+    naive paradigm, its best. A critic has the vocabulary head too, a generative one has it alone (section 7).
     Below the line: score_many, from_backbone, from_pretrained, save_pretrained."""
 
-    def __init__(self, backbone, head: nn.Sequential, processor: "Processor", config: dict):
+    def __init__(self, lm, head: nn.Sequential | None, processor: "Processor", config: dict):
         super().__init__()
-        self.backbone, self.head, self.processor = backbone, head, processor
-        self.config = config  # head_layers, head_activation, width, reads: what reward_config.json holds
+        self.backbone, self.lm_head = (lm.model, lm.lm_head) if hasattr(lm, "lm_head") else (lm, None)
+        self.head, self.processor = head, processor
+        self.config = config  # paradigm, head_layers, head_activation, width, reads: what reward_config.json holds
+        self.whole = [lm]  # as transformers saves it; in a list, for its weights are here once already
+        self.critiques, self.critique_tokens = "own", config.get("critique_tokens", 512)  # or "given"; see answers_to
 
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
-    def forward(self, pack: Pack) -> torch.Tensor:
-        """Rewards (R,) in fp32. On CUDA the backbone computes in bf16; its weights stay as they were loaded."""
+    def forward(self, pack: Pack) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rewards (R,), and the cross entropy () of the texts to be learnt, the sum of each one's mean over its tokens;
+        both in fp32. On CUDA the backbone computes in bf16; its weights stay as they were loaded."""
+        cross_entropy = torch.zeros((), device=self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             hidden = hidden_states(self.backbone, pack)  # (T, D)
+            if self.head is None or self.lm_head is not None and self.training:
+                keep = slice(None) if self.head is None else pack.learnt > 0
+                logprobs = response_logprobs(self.lm_head, hidden, pack, keep)
+                cross_entropy = -(pack.learnt[keep] * logprobs).sum()
+        if self.head is None:  # the log-probability of a response, its <|im_end|> left out
+            of = torch.arange(len(pack.last_token), device=self.device).repeat_interleave(pack.response_length + 1)
+            said = logprobs * (pack.response_tokens != pack.last_token[of])
+            return said.new_zeros(len(pack.last_token)).index_add(0, of, said), cross_entropy
         with torch.autocast(self.device.type, enabled=False):  # differences of rewards are small: the head stays fp32
             read = read_by_head(hidden, pack).to(self.head[-1].weight.dtype)  # (R, D)
-            return self.head(read)[:, 0].clone()  # a view would make FSDP warn
+            return self.head(read)[:, 0].clone(), cross_entropy  # a view would make FSDP warn
 
     def score(self, prompt, responses, images=()) -> list[float]:
         """Rewards of K responses to one prompt, higher is better; only their differences mean something."""
@@ -325,9 +366,52 @@ def pairwise_loss(rewards, pairs, zero_coef=0.0, length_norm=False, response_len
         loss = loss + zero_coef * ((chosen + rejected) ** 2).sum()
     return loss / (pairs_in_step or max(len(pairs), 1))
 
+# 7  The other two paradigms (Table 1) ---------------------------------------------------------------------------------
+CRITIQUE_TURN = ("\n<|im_start|>user\nWhat is right and what is wrong in this answer?<|im_end|>\n"
+                 "<|im_start|>assistant\n")
+VERDICT, THINK = "Which answer is better, 1 or 2?", "Say what is right and wrong in each answer. "
+
+def with_critiques(item: Encoded, critiques: list, processor: "Processor") -> Encoded:
+    """A critic reads a response, is asked for a critique, writes it, and gives its reward *after it*. All of this is
+    the response's branch, so the prompt is still read once for K responses and their critiques:
+
+        prompt | response <|im_end|> [turn of the user that asks] critique <|im_end|> -> head -> r
+
+    It learns both at once: equation (1) plus a weight times the mean cross entropy of the critiques' tokens. In
+    training the critiques are the given ones; in scoring it reads after its own. A response without one is read at its
+    own end. critiques: K lists of token ids, or None.
+    """
+    ask = processor.tokenizer(CRITIQUE_TURN, add_special_tokens=False).input_ids
+    both = list(zip(item.response_ids, critiques))
+    return replace(item, response_ids=[ids if c is None else [*ids, *ask, *c, processor.end] for ids, c in both],
+                   learnt=[0 if c is None else len(c) + 1 for _, c in both])
+
+def judged(comparison: Comparison, first: int, second: int, think: bool = False) -> Comparison:
+    """A generative reward model has no head. It is asked which of two answers is better, and "1" and "2" are the two
+    responses: their log-probabilities are the rewards, their difference the margin. Again a comparison, one pack, the
+    same loss. What it says depends on the order of the answers, so both orders are asked in scoring.
+
+    With `think` there is one response, <think> critique of 1, critique of 2 </think><answer>1</answer>: it learns to
+    write that, and scoring reads the <answer> that it wrote.
+    """
+    messages = to_messages(comparison.prompt, comparison.images)
+    turns = [f"{m['role']}: {m['content']}" if messages[1:] else m["content"] for m in messages]
+    answers = [MARK.sub("< image>", comparison.responses[k]) for k in (first, second)]  # not a mark of the prompt
+    prompt = "\n".join([*turns, f"Answer 1: {answers[0]}", f"Answer 2: {answers[1]}", THINK * think + VERDICT])
+    pairs = [(0, 1)] * ((first, second) in comparison.pairs) + [(1, 0)] * ((second, first) in comparison.pairs)
+    responses = ["1", "2"]
+    if think:
+        critiques = comparison.critiques or [""] * len(comparison.responses)
+        verdict = "".join("12"[winner] for winner, _ in pairs)
+        responses = [f"<think>1: {critiques[first]} 2: {critiques[second]}</think><answer>{verdict}</answer>"]
+        pairs = []
+    return replace(comparison, prompt=prompt, responses=responses, pairs=pairs, critiques=())
+
 # ======================================================================================================================
 # First reading ends here. Below: what a real run needs.
 # ======================================================================================================================
+PARADIGMS = ("naive", "critic", "direct", "think")  # Table 1; the last two are generative
+
 # Prompts and texts ----------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Processor:
@@ -335,9 +419,15 @@ class Processor:
     tokenizer: PreTrainedTokenizerFast
     image_processor: Qwen2VLImageProcessorPil | None  # None: the backbone is text-only
     video_step: int = 1  # by how much the time of a video's next moment is later, see mrope_positions
+    paradigm: str = "naive"  # one of PARADIGMS: what is asked about a response, see section 7
 
     def id_of(self, token: str) -> int:
         return self.tokenizer.convert_tokens_to_ids(token)
+
+    @property
+    def never(self) -> list[int]:
+        """The tokens of pictures: one that is written would stand for a picture that is not there."""
+        return [] if self.image_processor is None else [self.id_of(IMAGE_PAD), self.id_of(VIDEO_PAD)]
 
     @property
     def end(self) -> int:
@@ -529,21 +619,111 @@ def fill_packs(sizes: list[int], budget: int) -> list[list[int]]:
             room.append(budget - sizes[i])
     return packs
 
+@dataclass
+class Score:
+    """What a model says of a comparison with K responses and B pairs."""
+    rewards: list[float]  # K of them; a judge's: the sum of each response's preferences over others
+    verdicts: list = ()  # a judge's margins of every pair, (B, 2): its winner was answer 1, was answer 2; others: none
+    texts: list[str] = ()  # what it wrote: K critiques, or 2 B thoughts
+
+def margins_of(pairs, score: Score) -> list[list[float]]:
+    """What was said of each pair (winner, loser): one margin, or a judge's two. Above 0 is right."""
+    return list(score.verdicts) or [[score.rewards[winner] - score.rewards[loser]] for winner, loser in pairs]
+
+def judged_pairs(comparison: Comparison) -> list:
+    """Those that are given, in their order; where none is, all."""
+    return list(comparison.pairs) or list(combinations(range(len(comparison.responses)), 2))
+
+def asked(comparison: Comparison, model: RewardModel) -> list[Encoded]:
+    """What is read to score a comparison: itself, or by a judge each of its pairs in both orders."""
+    if model.head is not None:
+        own = model.critiques == "own"  # it will write them
+        return [encode(replace(comparison, critiques=()) if own else comparison, model.processor)]
+    if len(comparison.responses) < 2:
+        raise ValueError(f"a judge compares responses and was given {len(comparison.responses)}; want 2 or more")
+    orders = [order for i, j in judged_pairs(comparison) for order in ((i, j), (j, i))]
+    think = model.processor.paradigm == "think"
+    return [encode(judged(comparison, *order, think), model.processor) for order in orders]
+
+def score_of(comparison: Comparison, answers: list, model: RewardModel) -> Score:
+    """From `answers_to` what was asked."""
+    if model.head is not None:
+        return Score(answers[0][0], texts=answers[0][1])
+    score = Score([0.0] * len(comparison.responses), [], [text for _, texts in answers for text in texts])
+    for (i, j), (first, _), (second, _) in zip(judged_pairs(comparison), answers[::2], answers[1::2]):
+        score.verdicts.append([first[0] - first[1], second[1] - second[0]])
+        for margin in score.verdicts[-1]:
+            preference = 1 / (1 + math.exp(-margin))
+            score.rewards[i] += preference / 2
+            score.rewards[j] += (1 - preference) / 2
+    return score
+
 @torch.no_grad()
-def score_many(model: RewardModel, comparisons, pack_tokens: int | None = None) -> list[list[float]]:
-    """K rewards for each comparison. 64 are packed at a time: memory does not grow with their number. A pack has 16,384
-    tokens on a GPU; a CPU gains nothing from more than 1,024."""
-    pack_tokens, rewards = pack_tokens or (16384 if model.device.type == "cuda" else 1024), []
-    comparisons = list(comparisons)
+def answers_to(items: list[Encoded], model: RewardModel, pack_tokens: int | None = None, of_all=int) -> list[tuple]:
+    """(rewards of its branches, texts that were written) of every item. A pack has 16,384 tokens on a GPU; a CPU gains
+    nothing from more than 1,024. of_all: from the number of packs here to how many forwards are made, of a filler where
+    packs are fewer: equally many on all ranks, so that a sharded model can gather its layers."""
+    processor, texts = model.processor, [[]] * len(items)
+    pack_tokens = pack_tokens or (16384 if model.device.type == "cuda" else 1024)
+    if model.critiques == "own" and processor.paradigm in ("critic", "think"):
+        written = write(items, model, 8 * pack_tokens)
+        texts = [[processor.tokenizer.decode(ids) for ids in group] for group in written]
+        if processor.paradigm == "think":
+            said = [verdict(text) for (text,) in texts]
+            return [([float(one == 1), float(one == 2)], group) for one, group in zip(said, texts)]
+        items = [with_critiques(item, group, processor) for item, group in zip(items, written)]
+    found, filler = [[]] * len(items), pack([Comparison("?", ["a"])], processor)
+    packs = fill_packs([item.tokens for item in items], pack_tokens)
+    for p in range(of_all(len(packs))):
+        members = packs[p] if p < len(packs) else []
+        batch = pack([items[m] for m in members]) if members else filler
+        values = iter(model(batch.to(model.device))[0].tolist())
+        for m in members:
+            found[m] = [next(values) for _ in items[m].response_ids]
+    return list(zip(found, texts))
+
+def write(items: list[Encoded], model: RewardModel, tokens: int) -> list[list[list[int]]]:
+    """A critic's critique of every response of every item, a judge's thoughts: the likeliest tokens, without the end.
+    tokens: in memory at a time."""
+    ask = model.processor.tokenizer(CRITIQUE_TURN, add_special_tokens=False).input_ids
+    starts = [[] if model.head is None else [[*ids, *ask] for ids in item.response_ids] for item in items]
+    prompts = [item.with_responses(start) for item, start in zip(items, starts)]
+    room = [max(len(start), 1) * (len(item.prompt_ids) + max(map(len, start), default=0) + model.critique_tokens)
+            for item, start in zip(items, starts)]  # tokens of its rows
+    found = {}
+    for members in fill_packs(room, tokens):
+        rollouts, _ = generate(model, [prompts[m] for m in members], model.critique_tokens)
+        found |= {m: [[i for i in ids if i != model.processor.end] for ids in group]
+                  for m, group in zip(members, rollouts)}
+    return [found[m] for m in range(len(items))]
+
+VERDICT_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+
+def verdict(text: str) -> int:
+    """1 or 2, as the last <answer> of a judge says, or without one the last number after its thoughts; else 0.
+
+    >>> verdict("<think>1: red 2: not</think><answer>2</answer>"), verdict("<answer>1 or 2</answer>"), verdict("So 1.")
+    (2, 0, 1)
+    """
+    tags, after = VERDICT_TAG.findall(text), text.rpartition("</think>")[2]
+    if tags or "<think>" not in after:  # thoughts without an end end in no verdict
+        numbers = set(re.findall(r"\d+", tags[-1]) if tags else re.findall(r"\d+", after)[-1:])
+        return int(numbers.pop()) if numbers in ({"1"}, {"2"}) else 0
+    return 0
+
+def scores_of(model: RewardModel, comparisons, pack_tokens: int | None = None) -> list[Score]:
+    """64 comparisons are packed at a time: memory does not grow with their number."""
+    comparisons, scores = list(comparisons), []
     for at in range(0, len(comparisons), 64):
-        items = [c if isinstance(c, Encoded) else encode(c, model.processor) for c in comparisons[at:at + 64]]
-        found = [[]] * len(items)
-        for members in fill_packs([item.tokens for item in items], pack_tokens):
-            values = model(pack([items[m] for m in members]).to(model.device))
-            for m, part in zip(members, values.split([len(items[m].response_ids) for m in members])):
-                found[m] = part.tolist()
-        rewards += found
-    return rewards
+        part = comparisons[at:at + 64]
+        items = [[c] if isinstance(c, Encoded) else asked(c, model) for c in part]
+        answers = iter(answers_to([item for group in items for item in group], model, pack_tokens))
+        scores += [score_of(c, [next(answers) for _ in group], model) for c, group in zip(part, items)]
+    return scores
+
+def score_many(model: RewardModel, comparisons, pack_tokens: int | None = None) -> list[list[float]]:
+    """K rewards for each comparison, of which all but a judge takes encoded ones too."""
+    return [score.rewards for score in scores_of(model, comparisons, pack_tokens)]
 
 def one_ahead(make, items, on_gpu: bool):
     """make(item) for every item. On a GPU the next one is made in a thread while this one is used; on a CPU plainly,
@@ -562,38 +742,21 @@ def one_ahead(make, items, on_gpu: bool):
 
 # The policy -----------------------------------------------------------------------------------------------------------
 class Policy(nn.Module):
-    """A backbone with its vocabulary head, which can write: transformers' model `lm`, its backbone in `lm.model`."""
+    """A backbone with its vocabulary head, which can write: transformers' model `lm`."""
 
     def __init__(self, lm, processor: Processor):
         super().__init__()
         self.lm, self.processor, self.end = lm, processor, processor.end
-        # An image token in a rollout would stand for a picture that is not there: never drawn, and of probability 0.
-        self.never = [processor.id_of(IMAGE_PAD), processor.id_of(VIDEO_PAD)] if hasattr(lm.model, "visual") else []
 
-    @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
+    backbone = property(lambda self: self.lm.model)
+    lm_head = property(lambda self: self.lm.lm_head)
+    device = RewardModel.device
 
     def forward(self, pack: Pack) -> torch.Tensor:
-        """Log-probabilities (S,) in fp32 of all response tokens of the pack, each given what stands before it.
-
-        Only the rows that predict meet the vocabulary, 1,024 at a time and again in the backward pass: the logits of
-        8 responses of 512 tokens over 150,000 words would be 2.5 GB.
-        """
+        """Log-probabilities (S,) in fp32 of all response tokens of the pack, each given what stands before it."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            hidden = hidden_states(self.lm.model, pack)  # (T, D)
-            ids, hidden = pack.input_ids[pack.response_tokens], hidden[pack.predicted_by]  # (S,), (S, D)
-            parts = [checkpoint(self.logprobs_of, h, i, use_reentrant=False)
-                     for h, i in zip(hidden.split(1024), ids.split(1024))]
-        return torch.cat(parts)
-
-    def logprobs_of(self, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        return self.log_softmax(hidden).gather(1, ids[:, None])[:, 0]
-
-    def log_softmax(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits = self.lm.lm_head(hidden).float()  # (tokens, V)
-        logits[:, self.never] = -torch.inf
-        return logits.log_softmax(dim=-1)
+            hidden = hidden_states(self.backbone, pack)  # (T, D)
+            return response_logprobs(self.lm_head, hidden, pack, never=self.processor.never)
 
     @classmethod
     def from_pretrained(cls, path_or_id, max_pixels=None, dtype=torch.float32) -> "Policy":
@@ -607,21 +770,24 @@ class Policy(nn.Module):
             save_processor(self.processor, partial)
 
 @torch.no_grad()
-def generate(policy: Policy, prompts: list[Encoded], max_new_tokens: int, group_size: int = 1, seeds=None):
-    """G rollouts for every prompt: (token ids, their log-probabilities), each a list of lists of lists.
+def generate(policy, prompts: list[Encoded], max_new_tokens: int, group_size: int = 1, seeds=None):
+    """G rollouts for every prompt: (token ids, their log-probabilities), each a list of lists of lists. Where a prompt
+    has response_ids these are what its rollouts begin with, one each, in place of G that begin with nothing.
 
     A rollout ends with <|im_end|>, or is cut off at max_new_tokens. With seeds, one for each prompt, tokens are drawn
     at temperature 1, without top-k, top-p or penalties; without, the likeliest is taken. A prompt's rollouts depend on
     its seed and not on its neighbours (but for rounding, which in bf16 can tip a draw). Prompts are padded on the left
-    and read once; their keys and values are then repeated G times. Trap: under autocast the stream between the layers
-    is fp32 and so are the keys and values that are kept, twice the memory; embeddings in bf16 make all of it bf16, and
-    the log-probabilities differ a little from Policy.forward's, which are learnt from.
+    and read once; their keys and values are then repeated. Trap: under autocast the stream between the layers is fp32
+    and so are the keys and values that are kept, twice the memory; embeddings in bf16 make all of it bf16, and the
+    log-probabilities differ a little from Policy.forward's, which are learnt from. policy: a Policy, or a RewardModel
+    with a vocabulary head.
     The seam for a faster engine: whatever takes prompts and gives token ids of this step's weights can stand here.
     """
-    device, backbone, sizes = policy.device, policy.lm.model, [len(prompt.prompt_ids) for prompt in prompts]
-    on_gpu = device.type == "cuda"
+    device, backbone, sizes = policy.device, policy.backbone, [len(prompt.prompt_ids) for prompt in prompts]
+    on_gpu, end, never = device.type == "cuda", policy.processor.end, policy.processor.never
+    starts = [prompt.response_ids or [[]] * group_size for prompt in prompts]
 
-    def on_the_left(parts):  # (tokens, ...) each -> (prompts, width, ...)
+    def on_the_left(parts):  # (tokens, ...) each -> (rows, width, ...)
         return pad_sequence(parts, batch_first=True, padding_side="left")
 
     with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
@@ -631,33 +797,40 @@ def generate(policy: Policy, prompts: list[Encoded], max_new_tokens: int, group_
         positions = on_the_left(prefix.positions.T.split(sizes)).permute(2, 0, 1)  # (3, prompts, width)
         mask = on_the_left(torch.ones_like(prefix.input_ids).split(sizes))
         out = decode(backbone, embeddings, positions, mask, use_cache=True)
-        cache = out.past_key_values
-        cache.batch_repeat_interleave(group_size)
-        repeated = (out.last_hidden_state[:, -1], positions.amax(dim=(0, 2)), mask)
-        hidden, position, mask = (x.repeat_interleave(group_size, dim=0) for x in repeated)
+        cache, of = out.past_key_values, torch.tensor([p for p, rows in enumerate(starts) for _ in rows], device=device)
+        cache.batch_select_indices(of)  # of (rows,): the prompt of each rollout
+        hidden, position, mask = out.last_hidden_state[of, -1], positions.amax(dim=(0, 2))[of], mask[of]
+
+        def read_on(ids, own):  # tokens (rows, n), and which of them are no padding -> the last one's hidden states
+            nonlocal position, mask
+            at, mask = position[:, None] + own.cumsum(dim=1), torch.cat([mask, own], dim=1)  # (rows, n)
+            position = at[:, -1]
+            inputs = backbone.get_input_embeddings()(ids).to(embeddings.dtype)  # (rows, n, D)
+            out = decode(backbone, inputs, at.expand(3, -1, -1), mask, past_key_values=cache, use_cache=True)
+            return out.last_hidden_state[:, -1]
+
+        begun = [torch.tensor(ids, dtype=torch.long, device=device) for rows in starts for ids in rows]
+        if any(map(len, begun)):
+            hidden = read_on(on_the_left(begun), on_the_left([torch.ones_like(ids) for ids in begun]))
         dice = [torch.Generator(device).manual_seed(seed) for seed in seeds or ()]
         written, logprobs, ended = [], [], torch.zeros(len(hidden), dtype=torch.bool, device=device)
         while not ended.all() and len(written) < max_new_tokens:
             if written:
-                position, mask = position + 1, F.pad(mask, (0, 1), value=1)
-                step = backbone.get_input_embeddings()(written[-1])[:, None].to(embeddings.dtype)  # (prompts * G, 1, D)
-                out = decode(backbone, step, position.expand(3, 1, -1).mT, mask, past_key_values=cache, use_cache=True)
-                hidden = out.last_hidden_state[:, -1]
-            choice = table = policy.log_softmax(hidden)  # (prompts * G, V)
+                hidden = read_on(written[-1][:, None], torch.ones_like(written[-1][:, None]))
+            choice = table = log_softmax(policy.lm_head, hidden, never)  # (rows, V)
             if dice:  # argmax(logits + Gumbel noise) is a draw from the softmax; -log of an exponential is Gumbel
                 noise = [table.new_empty(group_size, table.shape[1]).exponential_(generator=die) for die in dice]
                 choice = table - torch.cat(noise).clamp(min=1e-30).log()
             token = choice.argmax(dim=1)
             written.append(token)
             logprobs.append(table.gather(1, token[:, None])[:, 0])
-            ended |= token == policy.end
-    rollouts, values = [], []
-    for ids, row in zip(torch.stack(written, dim=1).tolist(), torch.stack(logprobs, dim=1).tolist()):
-        end = ids.index(policy.end) + 1 if policy.end in ids else len(ids)
-        rollouts.append(ids[:end])
-        values.append(row[:end])
-    groups = [slice(g, g + group_size) for g in range(0, len(rollouts), group_size)]
-    return [rollouts[group] for group in groups], [values[group] for group in groups]
+            ended |= token == end
+    rollouts, values = [[] for _ in prompts], [[] for _ in prompts]
+    for p, ids, row in zip(of.tolist(), torch.stack(written, dim=1).tolist(), torch.stack(logprobs, dim=1).tolist()):
+        length = ids.index(end) + 1 if end in ids else len(ids)
+        rollouts[p].append(ids[:length])
+        values[p].append(row[:length])
+    return rollouts, values
 
 # Load and save --------------------------------------------------------------------------------------------------------
 @contextlib.contextmanager
@@ -758,17 +931,30 @@ def load_processor(path_or_id, backbone, max_pixels: int | None = None) -> Proce
         image_processor.size = {"shortest_edge": least, "longest_edge": max_pixels}
     return Processor(tokenizer, image_processor, getattr(backbone.config.vision_config, "tokens_per_second", 1))
 
-def from_backbone(path_or_id, head_layers=2, head_activation="silu", max_pixels=None, dtype=torch.float32):
+def from_backbone(path_or_id, head_layers=2, head_activation="silu", max_pixels=None, dtype=torch.float32,
+                  paradigm="naive", critique_tokens=512):
     """A plain backbone (folder or hub id) with a fresh head, as a RewardModel. The weights are loaded in fp32 whatever
-    the checkpoint holds: at a rate of 3e-6 a bf16 weight would round every update away."""
-    backbone = load(path_or_id, dtype)
+    the checkpoint holds: at a rate of 3e-6 a bf16 weight would round every update away. paradigm: of `Processor`."""
+    lm = load(path_or_id, dtype, vocabulary_head=paradigm != "naive")
+    backbone = lm.model if paradigm != "naive" else lm
     width = getattr(backbone.config, "text_config", backbone.config).hidden_size
-    config = {"head_layers": head_layers, "head_activation": head_activation, "width": width, "reads": READS}
-    processor = load_processor(path_or_id, backbone, max_pixels)
-    return RewardModel(backbone, build_head(width, head_layers, head_activation), processor, config)
+    config = {"paradigm": paradigm, "critique_tokens": critique_tokens}
+    if paradigm in ("naive", "critic"):
+        config |= {"head_layers": head_layers, "head_activation": head_activation, "width": width, "reads": READS}
+    processor = replace(load_processor(path_or_id, backbone, max_pixels), paradigm=paradigm)
+    return RewardModel(lm, make_head(config), processor, config)
 
-def from_pretrained(directory, dtype=torch.float32) -> RewardModel:
-    """A model saved by save_pretrained. Every weight of the head must be there: a fresh one would score noise."""
+def make_head(config: dict) -> nn.Sequential | None:
+    """The reward head of a reward_config.json; a generative model has none."""
+    if config.get("paradigm", "naive") not in PARADIGMS:
+        raise ValueError(f"its paradigm is {config['paradigm']!r}, want one of {', '.join(PARADIGMS)}")
+    if config.get("paradigm") in ("direct", "think"):
+        return None
+    return build_head(config["width"], config["head_layers"], config["head_activation"])
+
+def from_pretrained(directory, dtype=torch.float32, paradigm: str | None = None) -> RewardModel:
+    """A model saved by save_pretrained. Every weight of the head must be there: a fresh one would score noise.
+    paradigm: ValueError if it is of another one."""
     directory = Path(directory)
     file = directory / "reward_config.json"
     if not file.is_file():
@@ -776,28 +962,35 @@ def from_pretrained(directory, dtype=torch.float32) -> RewardModel:
                          f"a plain backbone loads with RewardModel.from_backbone")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-        if (reads := config.get("reads", "last_token")) != READS:
-            raise ValueError(f"it reads {reads!r} and this code {READS!r}")
-        head = build_head(config["width"], config["head_layers"], config["head_activation"])
-        head.load_state_dict(load_file(directory / "head.safetensors"))
+        head, kind = make_head(config), config.get("paradigm", "naive")
+        if head is not None:
+            if (reads := config.get("reads", "last_token")) != READS:
+                raise ValueError(f"it reads {reads!r} and this code {READS!r}")
+            head.load_state_dict(load_file(directory / "head.safetensors"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{directory}: reward_config.json and head.safetensors do not make the head of this code, its "
                          f"rewards would be noise: {type(error).__name__} {one_line(error)}") from None
-    backbone = load(directory, dtype)
-    return RewardModel(backbone, head, load_processor(directory, backbone), config).eval()
+    if kind != (paradigm or kind):
+        raise ValueError(f"{directory} is a {kind} reward model and was asked for as a {paradigm} one")
+    lm = load(directory, dtype, vocabulary_head=kind != "naive")
+    processor = load_processor(directory, lm.model if kind != "naive" else lm)
+    return RewardModel(lm, head, replace(processor, paradigm=kind), config).eval()
 
 def save_pretrained(model: RewardModel, directory, state_dict: dict | None = None) -> None:
     """Backbone, tokenizer and image processor as transformers saves them; beside them head and reward_config.json.
     `state_dict`: the gathered weights of the model when its own are sharded over ranks."""
     state = state_dict or model.state_dict()
-    backbone = {name.removeprefix("backbone."): w for name, w in state.items() if name.startswith("backbone.")}
+    inside = {"backbone.": "" if model.lm_head is None else "model.", "lm_head.": "lm_head."}
+    lm = {new + name.removeprefix(old): w for old, new in inside.items() for name, w in state.items()
+          if name.startswith(old)}
     head = {name.removeprefix("head."): w.detach().float().cpu().contiguous()
             for name, w in state.items() if name.startswith("head.")}
-    if any(head[name].shape != w.shape for name, w in model.head.state_dict().items()):
+    if model.head is not None and any(head[name].shape != w.shape for name, w in model.head.state_dict().items()):
         raise ValueError("the head's weights were not gathered from the ranks")
     with replacing(directory, last="reward_config.json") as partial:
-        model.backbone.save_pretrained(partial, state_dict=backbone)
-        save_file(head, partial / "head.safetensors")
+        model.whole[0].save_pretrained(partial, state_dict=lm)
+        if head:
+            save_file(head, partial / "head.safetensors")
         save_processor(model.processor, partial)
         (partial / "reward_config.json").write_text(json.dumps(model.config, indent=1) + "\n", encoding="utf-8")
 

@@ -26,6 +26,7 @@ import contextlib
 import json
 import math
 import os
+import random
 import re
 import signal
 import sys
@@ -48,9 +49,10 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
-from data import BadRow, Order, encode_row, read_comparisons, shuffle_images, synthetic
-from model import (Comparison, Pack, RewardModel, fill_packs, one_ahead, pack, pairwise_loss, recompute_activations,
-                   remove, replacing, tiny_backbone)
+from data import BadRow, Order, read_comparisons, shuffle_images, synthetic, use_row
+from model import (CRITIQUE_TURN, Comparison, Pack, RewardModel, Score, answers_to, asked, encode, fill_packs, judged,
+                   margins_of, one_ahead, pack, pairwise_loss, recompute_activations, remove, replacing, score_of,
+                   tiny_backbone)
 
 @dataclass(frozen=True)
 class Config:
@@ -70,6 +72,10 @@ class Config:
     warmup: float = HfArg(default=0.05, help="share of the steps in which the rate rises from 0 (paper: not given)")
     weight_decay: float = HfArg(default=0.0, help="AdamW's decoupled decay (paper: not given)")
     clip: float = HfArg(default=1.0, help="largest gradient norm (paper: not given)")
+    paradigm: Literal["naive", "critic", "generative"] = HfArg(default="naive", help="see model.py, 7 (Table 1)")
+    think: bool = HfArg(default=False, help="generative: with a chain of thought before the verdict, learnt by heart")
+    critique_coef: float = HfArg(default=1.0, help="weight of the cross entropy of critiques or thoughts (MM-RLHF: 1)")
+    critique_tokens: int | None = HfArg(default=None, help="of a critique or thought it writes; 512, 40 for tiny")
     head_layers: int = HfArg(default=2, help="linear layers of the reward head (Table 2: 2 is best)")
     head_activation: Literal["silu", "tanh", "relu", "none"] = HfArg(default="silu", help="between them (Table 2)")
     zero_coef: float = HfArg(default=0.0, help="lambda of Algorithm 1's zero coefficient (section 4.3: it hurts)")
@@ -82,6 +88,10 @@ class Config:
     on_bad_row: Literal["stop", "skip"] = HfArg(default="stop", help="stop at a row that cannot be used, or count it")
     eval_every: int = HfArg(default=200, help="steps between accuracies on 100 held-out comparisons; 0: at the end")
     save_every: int = HfArg(default=500, help="steps between checkpoints; 0: one at the end, or when stopped")
+
+    @property
+    def kind(self) -> str:  # one of model.PARADIGMS
+        return "think" if self.think else self.paradigm.replace("generative", "direct")
 
     def resolved(self) -> "Config":
         return resolve(self)  # with the defaults that depend on the backbone filled in, and nonsense refused
@@ -100,7 +110,7 @@ def main(cfg: Config) -> int:
 
     # 3  Model: raw_model computes rewards, model is the same with an exchange of gradients around it
     raw_model = make_model(cfg, sets).to(device).train()
-    held = check_held_out(held, raw_model.processor, cfg.on_bad_row)
+    held = check_held_out(held if not (cfg.think and cfg.shard) else [], raw_model, cfg.on_bad_row)  # see make_model
     model = distribute(raw_model, cfg.shard, torch.bfloat16 if device.type == "cuda" else None)
 
     # 4  Optimiser and resume
@@ -120,18 +130,21 @@ def main(cfg: Config) -> int:
         for share in one_ahead(load, range(state["step"], steps), device.type == "cuda"):
             # What all ranks must agree upon: what to divide by, how many micro-steps to make, whether to go on
             stop = share.status or (128 + told.number if told.number else 0)  # as a shell tells of a signal
-            counts = gather([share.pairs, share.tokens, share.bad_rows, share.too_long, len(share.packs), stop])
-            pairs, tokens, bad_rows, too_long = counts[:, :4].sum(dim=0).long().tolist()
-            micro_steps, status = counts[:, 4:].amax(dim=0).long().tolist()
+            counts = gather([share.pairs, share.texts, share.tokens, share.bad_rows, share.too_long,
+                             len(share.packs), stop]).long()
+            pairs, texts, tokens, bad_rows, too_long = counts[:, :5].sum(dim=0).tolist()
+            micro_steps, status = counts[:, 5:].amax(dim=0).tolist()
             if status:
                 break
             optimizer.param_groups[0]["lr"] = lr = learning_rate(share.step, steps, cfg)
-            sums, norm = take_step(model, optimizer, share.packs, filler, micro_steps, pairs, cfg)
+            sums, norm = take_step(model, optimizer, share.packs, filler, micro_steps, pairs, texts, cfg)
             step = state["step"] = share.step + 1
-            loss, right, margin = (gather(sums).sum(dim=0) / max(pairs, 1)).tolist()
+            *sums, text_loss = gather(sums).sum(dim=0).tolist()
+            loss, right, margin = (value / pairs if pairs else None for value in sums)
             row = {"step": step, "loss": loss, "accuracy": right, "margin": margin, "grad_norm": norm, "lr": lr,
-                   "pairs": pairs, "tokens": tokens, "bad_rows": bad_rows, "too_long": too_long,
-                   "seconds": time.time() - started, "gpu_gb": torch.cuda.max_memory_allocated() / 1e9}
+                   "text_loss": text_loss / texts if texts else None, "pairs": pairs, "texts": texts, "tokens": tokens,
+                   "bad_rows": bad_rows, "too_long": too_long, "seconds": time.time() - started,
+                   "gpu_gb": torch.cuda.max_memory_allocated() / 1e9}
             if held and cfg.eval_every and step % cfg.eval_every == 0 and step < steps:
                 row["eval_accuracy"] = examine(raw_model, held, cfg)
             log.write(row)
@@ -158,24 +171,32 @@ def load_step(step: int, order: Order, sets: list, processor, cfg: Config) -> Si
     step) names: none is taken twice, none is left out, and no rank need ask another."""
     good, bad_rows, too_long, status = [], 0, 0, 0
     for s, i in order.step(step)[dist.get_rank()::dist.get_world_size()]:
-        item = encoded_or_error(sets[s], i, processor, "skip")
-        if isinstance(item, BadRow):
+        dice = random.Random(f"{cfg.seed} {s} {i}")  # a judge's orders, by (seed, row)
+        items = used_or_error(sets[s], i, partial(to_learn, processor=processor, dice=dice), "skip")
+        if isinstance(items, BadRow):
             bad_rows += 1
             if cfg.on_bad_row == "stop" and not status:
-                complain("train.py", str(item))
+                complain("train.py", str(items))
                 status = 1
-        elif item.tokens > cfg.pack_tokens:  # dropped, never cut: what was preferred may be what would be cut off
-            too_long += 1
+        elif max(item.tokens for item in items) > cfg.pack_tokens:  # dropped, never cut: what was preferred may be what
+            too_long += 1                                           # would be cut off
         else:
-            good.append(item)
+            good += items
     packs = fill_packs([item.tokens for item in good], cfg.pack_tokens)
     return SimpleNamespace(step=step, packs=[pack([good[m] for m in members]) for members in packs], status=status,
                            pairs=sum(len(item.pairs) for item in good), tokens=sum(item.tokens for item in good),
-                           bad_rows=bad_rows, too_long=too_long)
+                           texts=sum(n > 0 for item in good for n in item.learnt), bad_rows=bad_rows, too_long=too_long)
 
-def take_step(model, optimizer, packs: list[Pack], filler: Pack, micro_steps: int, pairs_in_step: int, cfg: Config):
-    """One step of the optimiser. Returns sums over this rank's pairs, [loss of equation (1), right pairs, margins], and
-    the norm of the gradient.
+def to_learn(comparison: Comparison, processor, dice: random.Random) -> list:
+    """What is learnt of a comparison: itself, or by a judge each of its pairs, in an order that is drawn."""
+    if processor.paradigm in ("naive", "critic"):
+        return [encode(comparison, processor)]
+    orders = [pair if dice.random() < 0.5 else pair[::-1] for pair in comparison.pairs]
+    return [encode(judged(comparison, *order, processor.paradigm == "think"), processor) for order in orders]
+
+def take_step(model, optimizer, packs: list[Pack], filler: Pack, micro_steps: int, pairs: int, texts: int, cfg: Config):
+    """One step of the optimiser, which learns from so many pairs and texts on all ranks. Returns sums over this rank's,
+    [loss of equation (1), right pairs, margins, cross entropies of texts], and the norm of the gradient.
 
     A micro-step is one pack forward and backward; gradients add up. A pack's loss is divided by the pairs of the whole
     step, of all ranks and micro-steps, so that a pair weighs the same wherever it lies. Trap: a mean of means weighs
@@ -184,19 +205,21 @@ def take_step(model, optimizer, packs: list[Pack], filler: Pack, micro_steps: in
     exchanged gradient, the same on all ranks: if it is not finite, all skip the step.
     """
     world_size, trained = dist.get_world_size(), optimizer.param_groups[0]["params"]  # FSDP swaps model.parameters()
-    sums = torch.zeros(3, dtype=torch.float64, device=trained[0].device)
+    sums = torch.zeros(4, dtype=torch.float64, device=trained[0].device)
     for micro_step in range(micro_steps):
         own = micro_step < len(packs)
         batch = (packs[micro_step] if own else filler).to(sums.device)
         wait = isinstance(model, DistributedDataParallel) and micro_step < micro_steps - 1
         with model.no_sync() if wait else contextlib.nullcontext():  # DDP exchanges gradients once, at the end
-            rewards, lengths = model(batch), batch.response_length  # (R,) and (R,)
-            loss = pairwise_loss(rewards, batch.pairs, cfg.zero_coef, cfg.length_norm, lengths, pairs_in_step)
+            rewards, cross_entropy = model(batch)  # (R,), and () where texts are learnt: critiques or thoughts
+            loss = pairwise_loss(rewards, batch.pairs, cfg.zero_coef, cfg.length_norm, batch.response_length, pairs)
+            loss = loss + cfg.critique_coef * cross_entropy / max(texts, 1)
             (loss * world_size * own).backward()
         if own:
             chosen, rejected = rewards.detach().double()[batch.pairs].T  # (B,) and (B,)
             margin = chosen - rejected
-            sums += torch.stack([torch.nn.functional.softplus(-margin).sum(), (margin > 0).sum(), margin.sum()])
+            softplus = torch.nn.functional.softplus(-margin)
+            sums += torch.stack([softplus.sum(), (margin > 0).sum(), margin.sum(), cross_entropy.detach()])
     norm = torch.nn.utils.clip_grad_norm_(trained, cfg.clip)
     norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # sharded: each rank has a part of it
     if math.isfinite(norm):
@@ -306,12 +329,15 @@ def stop_signals():
 
 # Settings, data and model --------------------------------------------------------------------------------------------
 def resolve(cfg: Config) -> Config:
-    own = {"lr": 3e-6, "batch_size": 128, "max_pixels": 1280 * 28 * 28, "pack_tokens": 16384}
+    own = {"lr": 3e-6, "batch_size": 128, "max_pixels": 1280 * 28 * 28, "pack_tokens": 16384, "critique_tokens": 512}
     if cfg.backbone == "tiny":
-        own = {"lr": 6e-4, "batch_size": 32, "max_pixels": 112 * 112, "pack_tokens": 1024}
+        own = {"lr": 6e-4, "batch_size": 32, "max_pixels": 112 * 112, "pack_tokens": 1024, "critique_tokens": 40}
     cfg = replace(cfg, **{name: value for name, value in own.items() if getattr(cfg, name) is None})
     check_numbers(cfg, above_zero=[*own, "epochs", "clip", "train_size", "head_layers"],
-                  not_negative=["warmup", "weight_decay", "max_steps", "eval_size", "eval_every", "save_every"])
+                  not_negative=["warmup", "weight_decay", "critique_coef", "max_steps", "eval_size", "eval_every",
+                                "save_every"])
+    if cfg.think and cfg.paradigm != "generative" or cfg.length_norm and cfg.paradigm != "naive":
+        raise ValueError(f"--paradigm {cfg.paradigm}: --think is generative, and --length_norm naive (Algorithm 1)")
     if cfg.warmup > 1 or cfg.epochs > 1000:
         raise ValueError(f"--warmup {cfg.warmup:g} is a share, at most 1; --epochs {cfg.epochs:g}: at most 1000")
     return cfg
@@ -350,45 +376,63 @@ def spread(n: int, rows: int) -> list[int]:
     n = min(n, rows)
     return [i * rows // n for i in range(n)]
 
-def encoded_or_error(rows, i: int, processor, on_bad_row: str):
-    """Row i as Encoded. One that cannot be used raises BadRow, or gives it back if it is to be skipped."""
+def used_or_error(rows, i: int, use, on_bad_row: str):
+    """What `use` makes of row i. One that cannot be used raises BadRow, or gives it back if it is to be skipped."""
     try:
-        return encode_row(rows, i, processor)
+        return use_row(rows, i, use)
     except BadRow as error:
         if on_bad_row == "stop":
             raise
         return error
 
-def check_held_out(held: list, processor, on_bad_row: str) -> list[Comparison]:
+def check_held_out(held: list, model: RewardModel, on_bad_row: str) -> list[Comparison]:
     """The held-out rows of all sets, each read and encoded once, shared out over the ranks: one that cannot be used is
     named with file and line now, and not after days of training."""
     places = [(rows, i) for rows in held for i in range(len(rows))]
     mine = range(dist.get_rank(), len(places), dist.get_world_size())
-    bad = [k for k in mine if isinstance(encoded_or_error(*places[k], processor, on_bad_row), BadRow)]
+    use = partial(asked, model=model)
+    bad = [k for k in mine if isinstance(used_or_error(*places[k], use, on_bad_row), BadRow)]
     bad = set().union(*gather_objects(bad))
     return [rows[i] for k, (rows, i) in enumerate(places) if k not in bad]
 
 def make_model(cfg: Config, sets: list) -> RewardModel:
     """A reward model on a pretrained backbone, or on a tiny one whose vocabulary is made from the data's texts."""
     path = cfg.backbone
+    if cfg.kind in ("critic", "think") and cfg.max_steps != 0 and not any(critiques_in(rows) for rows in sets):
+        raise ValueError(f"--paradigm {cfg.paradigm} learns to write critiques, and the first rows of --data have none")
     if path == "tiny":
         path = Path(cfg.out) / "tiny_backbone"
         if dist.get_rank() == 0:
-            tiny_backbone(path, [text for rows in sets for text in texts_of(rows)], cfg.seed)
+            texts = [text for rows in sets for text in texts_of(rows, cfg.kind)]
+            tiny_backbone(path, texts, cfg.seed, vocabulary_head=cfg.kind != "naive")
         from_first(None)  # the others wait for it
     torch.manual_seed(cfg.seed)  # every rank draws the same head
-    model = RewardModel.from_backbone(path, cfg.head_layers, cfg.head_activation, cfg.max_pixels)
+    model = RewardModel.from_backbone(path, cfg.head_layers, cfg.head_activation, cfg.max_pixels, paradigm=cfg.kind,
+                                      critique_tokens=cfg.critique_tokens)
+    if cfg.shard:  # writing takes as many forwards as there are words, and the ranks need not write equally many
+        model.critiques = "given"
     if cfg.freeze_vision and hasattr(model.backbone, "visual"):
         model.backbone.visual.requires_grad_(False)
     if cfg.gradient_checkpointing:
         recompute_activations(model.backbone)
     return model
 
-def texts_of(rows):
+def critiques_in(rows) -> bool:
+    """Whether one of the first rows has a critique."""
+    for i in range(min(2000, len(rows))):
+        with contextlib.suppress(BadRow):
+            if any(text.strip() for text in rows[i].critiques):
+                return True
+    return False
+
+def texts_of(rows, kind: str):
     """Prompt and responses of the first rows. What is wrong with one is said when it is trained on."""
     for i in range(min(2000, len(rows))):
         with contextlib.suppress(BadRow):
             yield f"{rows[i].prompt} {' '.join(rows[i].responses)}"
+            if kind != "naive":  # a pretrained model knows these words too
+                seen = judged(rows[i], *rows[i].pairs[0], think=True)
+                yield f"{seen.prompt} {seen.responses[0]} {CRITIQUE_TURN}"
 
 # The run folder ------------------------------------------------------------------------------------------------------
 def claim_folder(out, overwrite, resume, made_by="metrics.jsonl", leftover=("metrics.jsonl", "tiny_backbone")) -> None:
@@ -478,56 +522,47 @@ def check_settings(file: Path, old: dict, cfg, free=()) -> None:
 # Scoring -------------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def score_over_ranks(model: RewardModel, rows, pack_tokens=None, on_bad_row="stop", bar="") -> list:
-    """K rewards for each row, in order and on every rank; for one that cannot be used its BadRow, if told to skip it.
+    """The Score of each row, in order and on every rank; of one that cannot be used its BadRow, if told to skip it.
+    Each rank takes 64 rows a round."""
+    rank, at_once, found = dist.get_rank(), 64 * dist.get_world_size(), {}
 
-    Each rank takes 64 rows a round. All make equally many forwards in it, of a filler where a rank has fewer packs, so
-    that a sharded model can gather its layers.
-    """
-    rank, at_once, on_gpu = dist.get_rank(), 64 * dist.get_world_size(), model.device.type == "cuda"
-    filler, found = pack([Comparison("?", ["a"])], model.processor), {}
-
-    def read(start: int) -> dict:
+    def read(start: int) -> dict:  # {i: (the comparison, what is read to score it) or BadRow}
         mine = range(start + 64 * rank, min(start + 64 * (rank + 1), len(rows)))
-        return {i: encoded_or_error(rows, i, model.processor, on_bad_row) for i in mine}
+        return {i: used_or_error(rows, i, lambda c: (c, asked(c, model)), on_bad_row) for i in mine}
 
     rounds = tqdm(range(0, len(rows), at_once), bar, unit_scale=at_once, disable=not bar or rank > 0, leave=False)
-    for items in one_ahead(read, rounds, on_gpu):
-        found |= items  # the good ones are replaced by their rewards
-        good = [i for i in items if not isinstance(items[i], BadRow)]
-        packs = fill_packs([items[i].tokens for i in good], pack_tokens or (16384 if on_gpu else 1024))
-        for p in range(int(gather([len(packs)]).max())):
-            members = [good[m] for m in packs[p]] if p < len(packs) else []
-            batch = pack([items[i] for i in members]) if members else filler
-            values = iter(model(batch.to(model.device)).tolist())
-            for i in members:
-                found[i] = [next(values) for _ in items[i].response_ids]
-    everyone = {i: rewards for part in gather_objects(found) for i, rewards in part.items()}
+    for items in one_ahead(read, rounds, model.device.type == "cuda"):
+        good = {i: item for i, item in items.items() if not isinstance(item, BadRow)}
+        questions = [question for _, group in good.values() for question in group]
+        answers = iter(answers_to(questions, model, pack_tokens, of_all=lambda n: int(gather([n]).max())))
+        found |= items | {i: score_of(c, [next(answers) for _ in group], model) for i, (c, group) in good.items()}
+    everyone = {i: score for part in gather_objects(found) for i, score in part.items()}
     return [everyone[i] for i in range(len(rows))]
 
-def accuracy(comparisons, rewards) -> float:
-    """Share of pairs with margin > 0: a tie is wrong. A comparison that has no list of rewards does not count.
+def accuracy(comparisons, scores) -> float:
+    """Share of margins above 0: a tie is wrong. A comparison that has no Score does not count.
 
-    >>> accuracy([Comparison("?", ["a", "b", "c"], [(0, 1), (1, 2)])], [[2.0, 1.0, 1.0]])
+    >>> accuracy([Comparison("?", ["a", "b", "c"], [(0, 1), (1, 2)])], [Score([2.0, 1.0, 1.0])])
     0.5
     """
-    known = [(c, r) for c, r in zip(comparisons, rewards) if isinstance(r, list)]
-    right = [r[chosen] > r[rejected] for c, r in known for chosen, rejected in c.pairs]
+    known = [(c, score) for c, score in zip(comparisons, scores) if isinstance(score, Score)]
+    right = [margin > 0 for c, score in known for margins in margins_of(c.pairs, score) for margin in margins]
     return sum(right) / len(right) if right else math.nan
 
-def accuracy_by_category(comparisons, rewards) -> dict[str, tuple[float, int]]:
+def accuracy_by_category(comparisons, scores) -> dict[str, tuple[float, int]]:
     """{category: (accuracy, number of pairs)}, sorted; "all" where a comparison names none."""
     parts = {}
-    for comparison, values in zip(comparisons, rewards):
-        if isinstance(values, list):
-            parts.setdefault(comparison.category or "all", []).append((comparison, values))
+    for comparison, score in zip(comparisons, scores):
+        if isinstance(score, Score):
+            parts.setdefault(comparison.category or "all", []).append((comparison, score))
     return {name: (accuracy(*zip(*part)), sum(len(c.pairs) for c, _ in part)) for name, part in sorted(parts.items())}
 
 def examine(model: RewardModel, held: list[Comparison], cfg: Config) -> float:
     """Accuracy on a hundred held-out comparisons in the midst of training; a picture gone missing does not end it."""
     some = [held[i] for i in spread(100, len(held))]
-    rewards = score_over_ranks(model.eval(), some, cfg.pack_tokens, "skip")
+    scores = score_over_ranks(model.eval(), some, cfg.pack_tokens, "skip")
     model.train()
-    return accuracy(some, rewards)
+    return accuracy(some, scores)
 
 # Log and report ------------------------------------------------------------------------------------------------------
 class Log(contextlib.ExitStack):
@@ -558,23 +593,24 @@ def report(out: Path, model: RewardModel, held: list[Comparison], begun: float, 
     log = from_first(read_log(out / "metrics.jsonl"))
     pairs = sum(row["pairs"] for row in log)
     losses = [row["loss"] for row in log if row["pairs"] and math.isfinite(row["loss"])][-50:]
+    texts = [row["text_loss"] for row in log if row["texts"]][-50:]
     dropped = {"bad row": sum(row["bad_rows"] for row in log),
                f"longer than {cfg.pack_tokens} tokens": sum(row["too_long"] for row in log)}
-    if log and not pairs:
+    if log and not pairs and not texts:
         raise ValueError(f"not one pair could be used, all were dropped: {dropped}")
-    some, shuffled = held or [Comparison("?", ["a"])], shuffle_images(held, cfg.seed)
-    rewards = score_over_ranks(model.eval(), some, cfg.pack_tokens, cfg.on_bad_row, "held out")
-    if not all(math.isfinite(sum(values)) for values in rewards if isinstance(values, list)):
+    some, shuffled = held or [Comparison("?", ["a", "b"])], shuffle_images(held, cfg.seed)
+    scores = score_over_ranks(model.eval(), some, cfg.pack_tokens, cfg.on_bad_row, "held out")
+    if not all(math.isfinite(sum(score.rewards)) for score in scores if isinstance(score, Score)):
         raise ValueError("the rewards are not finite, so no model is saved; start anew with a lower --lr")
     blind = score_over_ranks(model, shuffled, cfg.pack_tokens, cfg.on_bad_row, "images shuffled")
-    parts, drawn = accuracy_by_category(held, rewards), not cfg.data and not cfg.eval_data
+    parts, drawn = accuracy_by_category(held, scores), not cfg.data and not cfg.eval_data
     summary = {
         "accuracy_by_category": {name: round(value, 4) for name, (value, _) in parts.items()},
         "n_by_category": {name: n for name, (_, n) in parts.items()},
-        "accuracy": round(accuracy(held, rewards), 4) if parts else None,
+        "accuracy": round(accuracy(held, scores), 4) if parts else None,
         "accuracy_images_shuffled": round(accuracy(shuffled, blind), 4) if shuffled else None,
         "n": sum(n for _, n in parts.values()), "n_comparisons": len(held), "final_loss": fmean(losses or [0.0]),
-        "steps": len(log), "pairs_seen": pairs, "dropped": dropped,
+        "final_text_loss": fmean(texts or [0.0]), "steps": len(log), "pairs_seen": pairs, "dropped": dropped,
         "bad_gradients": sum(not math.isfinite(row["grad_norm"]) for row in log),
         "parameters": sum(p.numel() for p in model.parameters()), "world_size": dist.get_world_size(),
         "seconds": round(time.time() - begun, 1)}
@@ -597,14 +633,15 @@ def report(out: Path, model: RewardModel, held: list[Comparison], begun: float, 
 
 def draw_log(out: Path, log: list[dict]) -> None:
     """The learning curve as out/curve.svg; training figures are means over a fiftieth of the run."""
-    log = [row for row in log if row["pairs"]]
+    log = [row for row in log if row["pairs"] or row["texts"]]
     width = max(len(log) // 50, 1)
     parts = [log[i:i + width] for i in range(0, len(log), width)]
-    loss, right, margin = ([(part[-1]["step"], fmean(row[name] for row in part)) for part in parts]
-                           for name in ("loss", "accuracy", "margin"))
+    loss, right, margin, text_loss = (
+        [(part[-1]["step"], fmean(row[name] for row in part)) for part in parts if part[0][name] is not None]
+        for name in ("loss", "accuracy", "margin", "text_loss"))
     held = [(row["step"], row["eval_accuracy"]) for row in log if "eval_accuracy" in row]
     draw_curves(out / "curve.svg", str(out), [
-        ("loss", {"training loss": loss}, {"log 2": LOG2}, 0, None),
+        ("loss", {"training loss": loss} | ({"of texts": text_loss} if text_loss else {}), {"log 2": LOG2}, 0, None),
         ("accuracy", {"training pairs": right, "held out": held}, {"chance": 0.5}, 0, 1),
         ("margin", {"mean margin": margin}, {}, 0, None)])
 

@@ -523,7 +523,7 @@ def test_log_probabilities_of_a_pack_are_those_of_transformers_on_separate_seque
     ours = policy(pack(items))
     inputs, last = stock_inputs(items, policy.lm.model)
     logits = policy.lm(**inputs).logits
-    logits[..., policy.never] = -torch.inf
+    logits[..., policy.processor.never] = -torch.inf
     theirs = []
     for row, end, ids in zip(range(len(last)), last.tolist(), [r for item in items for r in item.response_ids]):
         table = logits[row, end - len(ids):end].log_softmax(dim=-1)
@@ -546,7 +546,7 @@ def test_without_seeds_the_likeliest_token_is_written(policy):
     item = encode(COMPARISONS["one image"], policy.processor).with_responses([])
     (((first, *_),),), _ = generate(policy, [item], max_new_tokens=2)
     table = policy.log_softmax(m.hidden_states(policy.lm.model, pack([item]))[-1:])
-    assert first == table.argmax().item() and table[0, policy.never].max() == -torch.inf
+    assert first == table.argmax().item() and table[0, policy.processor.never].max() == -torch.inf
 
 
 def test_a_saved_policy_comes_back(policy, tmp_path):

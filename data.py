@@ -7,6 +7,7 @@ Read: to the ruled line (10 minutes): a row, the order of the steps, the default
     python data.py vl-rewardbench --source MMInstruction/VL-RewardBench --out bench/vl-rewardbench           a benchmark
     python data.py mmpr --source MMPR-v1.2 --out data/mmpr --decontaminate bench/vl-rewardbench --hold_out 0.01
     python data.py pairs --source mine.jsonl --out data/mine --n 100              the first 100 rows of your own
+    python data.py judge --source data/mine --out data/judge           its pairs as prompts for a judge that thinks (RL)
     python data.py show data/mine                                                 read a few of them as training would
 
 Everything is a data set: a folder with `comparisons.jsonl` (one JSON object a line), `images/` and `report.json`. Three
@@ -55,8 +56,8 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
-from model import (MARK, Comparison, Encoded, Processor, check_text, encode, frames_of, is_video, open_frames,
-                   open_image, replacing, text_of_part, to_messages)
+from model import (MARK, Comparison, Encoded, Processor, check_text, encode, frames_of, is_video, judge_pair,
+                   open_frames, open_image, replacing, text_of_part, to_messages)
 
 # A row ---------------------------------------------------------------------------------------------------------------
 def parse_row(row, folder: Path, needs_responses: bool = True) -> Comparison:
@@ -1050,6 +1051,18 @@ class Config:
     on_bad_row: Literal["stop", "skip"] = HfArg(default="stop", help="a benchmark's row that cannot be used: stop, or "
                                                 "skip it; in other sets such rows are always skipped and counted")
 
+def judge_prompts(folders, n: int):
+    """Each pair of the rows (the first n, 0 for all) in both orders: the prompt of a judge that thinks, and as `answer`
+    which is better, 1 or 2. What R1-Reward (arXiv 2505.02835) learns from by RL."""
+    for rows in map(read_comparisons, folders):
+        for i in range(min(n or len(rows), len(rows))):
+            c = rows[i]
+            for pair in c.pairs:
+                for order in (pair, pair[::-1]):
+                    prompt = judge_pair(c, *order, think=True)
+                    yield replace(prompt, responses=[], answer="12"[order.index(pair[0])], source="judge",
+                                  id=f"{c.id or i + 1}-{order[0]}-{order[1]}")
+
 def show(path: str, n: int) -> None:
     """Prints rows, read and checked as training would."""
     rows = read_comparisons(path, needs_responses=False)
@@ -1071,7 +1084,7 @@ def show(path: str, n: int) -> None:
         print(printable("\n".join(lines)))
 
 def main(argv: list[str]) -> None:
-    names = ("show", "synthetic", *SETS)
+    names = ("show", "synthetic", "judge", *SETS)
     if not argv or argv[0] in ("-h", "--help"):
         print(f"{__doc__}\nNAME is one of {', '.join(names)}")
         HfArgumentParser(Config, prog="data.py NAME").parse_args(["--help"])
@@ -1092,6 +1105,8 @@ def main(argv: list[str]) -> None:
         show(folder, cfg.n or 10)
     elif name == "synthetic":
         print(f"wrote {write_comparisons(cfg.out, synthetic(cfg.n or 1000, cfg.seed))}")
+    elif name == "judge":
+        print(f"wrote {write_comparisons(cfg.out, judge_prompts(cfg.source, cfg.n))}")
     else:
         print(printable(json.dumps(convert(name, cfg), indent=1, ensure_ascii=False)))
         print(f"wrote {cfg.out}; look at it with: python data.py show {cfg.out}")

@@ -23,7 +23,7 @@ import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -34,18 +34,21 @@ from torch import distributed as dist
 from transformers.hf_argparser import HfArg
 
 from data import (BENCHMARKS, BadRow, one_line, place, printable, read_comparisons, remove_images, shuffle_images,
-                  synthetic)
-from model import RewardModel, is_video, open_frames, open_image, to_messages
+                  synthetic, write_comparisons)
+from model import RewardModel, Score, is_video, margins_of, open_frames, open_image, to_messages
 from train import check_numbers, command_line, say, score_over_ranks, start_processes, write_text
 
 ALL = "accuracy"  # the group of every pair
 KEYS = {"rewards": "images as they are", "removed": "images removed", "shuffled": "images shuffled"}
 
 def margins(rows):
-    """(row, winner, loser, margin) of every pair of prediction rows. Right is margin > 0; officially a tie is wrong."""
+    """(row, winner, loser, margin) of every pair of prediction rows. Right is margin > 0; officially a tie is wrong.
+    A judge was asked twice, with the winner as answer 1 and as answer 2: each of its verdicts counts by itself."""
     for row in rows:
-        for winner, loser in row["pairs"]:
-            yield row, winner, loser, row["rewards"][winner] - row["rewards"][loser]
+        score = Score(row["rewards"], row.get("verdicts", []))
+        for (winner, loser), said in zip(row["pairs"], margins_of(row["pairs"], score)):
+            for margin in said:
+                yield row, winner, loser, margin
 
 def right_pairs(rows, benchmark: str = "", grouping: str = "official"):
     """Events (group, prompt, hit): every pair in each group that it counts in. Figures are made of shares of hits."""
@@ -63,7 +66,7 @@ def right_pairs(rows, benchmark: str = "", grouping: str = "official"):
             yield name, row["prompt"], margin > 0
 
 def whole_ids(rows):
-    """Events of MM-RLHF-RewardBench's Acc+: one for each id, a hit when all its pairs are right."""
+    """Events of MM-RLHF-RewardBench's Acc+: one for each id, a hit when all its pairs are right, in both orders."""
     by_id = defaultdict(list)
     for row, _, _, margin in margins(rows):
         by_id[row["id"]].append((row, margin > 0))
@@ -117,6 +120,12 @@ def controls(rows):
             yield "model chose the longer", row["prompt"], margin * (size - other) > 0
         sure = min(int(10 / (1 + math.exp(-abs(margin)))), 9) / 10  # the probability it gives what it prefers
         yield f"right where sigmoid(margin) is {sure:.1f} to {sure + 0.1:.1f}", row["prompt"], margin > 0
+    for row in rows:  # of judges; verdicts of exactly 0 could not be read
+        for first, second in row.get("verdicts", []):
+            yield "judge: better answer shown first", row["prompt"], first > 0
+            yield "judge: better answer shown second", row["prompt"], second > 0
+            yield "judge: both orders agree", row["prompt"], first * second > 0
+            yield "judge: no verdict", row["prompt"], 0 in (first, second)
 
 # ======================================================================================================================
 # First reading ends here. Below: what a real run needs.
@@ -214,6 +223,13 @@ NOTES = {"vl-rewardbench": [
     "mm-rlhf-rewardbench": [
     "[a] mcq, long, short are no fractions of 42, 37, 34 pairs; 40/42 = 95.24, 36/37 = 97.30, 32/34 = 94.12 give the "
     "printed Acc."]}
+
+PARADIGM_NOTES = {
+    "critic": "Scored after the critic's {critiques} critiques. What it loses between --critiques given and own is the "
+              "known weakness of its paradigm: it learnt to read critiques that are better than those it writes.",
+    "direct": "A judge: every pair was asked in both orders, each verdict counts by itself, and n counts verdicts. "
+              "Figures about images compare each response's preferences, summed over its pairs and orders.",
+    "think": "A judge that thinks: as one that does not, and a verdict that cannot be read is wrong."}
 
 # Figures with their intervals -----------------------------------------------------------------------------------------
 def figures(events, metric=dict) -> dict:
@@ -343,24 +359,28 @@ def score_folder(model: RewardModel, directory: str, takes: dict, folder: tuple,
     tokens, bar = cfg.pack_tokens or None, f"{Path(directory).name} on {name}"
     at = [i for i, row in enumerate(found) if "error" not in row and directory in takes[row["images"] > 0]]
     taken = [rows[i] for i in at] if isinstance(rows, list) else rows.only(at)
-    for i, rewards in zip(at, score_over_ranks(model, taken, tokens, cfg.on_bad_row, bar)):
-        if isinstance(rewards, BadRow):
-            found[i] = {"row": i + 1, "error": str(rewards)}
-        elif not all(map(math.isfinite, rewards)):
-            raise ValueError(f"{place(rows, i)}: {directory} gives the rewards {str(rewards):.80}: a broken model?")
+    for i, said in zip(at, score_over_ranks(model, taken, tokens, cfg.on_bad_row, bar)):
+        if isinstance(said, BadRow):
+            found[i] = {"row": i + 1, "error": str(said)}
+        elif not all(map(math.isfinite, said.rewards)):
+            raise ValueError(f"{place(rows, i)}: {directory} gives {str(said.rewards):.80} as rewards: a broken model?")
         else:
-            found[i]["rewards"][directory] = rewards
+            found[i]["rewards"][directory] = said.rewards
+            if len(cfg.model) == 1 and said.verdicts:  # in an ensemble its preferences are rewards like any other
+                found[i]["verdicts"] = said.verdicts
+            if said.texts:
+                found[i].setdefault("critiques", {})[directory] = said.texts
     visual = [i for i in at if probe and found[i].get("images")]
     seen = [rows[i] for i in visual]
     probes = {"removed": [remove_images(c) for c in seen], "shuffled": shuffle_images(seen)} if seen else {}
     for key, changed in probes.items():  # skip: without its image a prompt may be empty
-        for i, rewards in zip(visual, score_over_ranks(model, changed, tokens, "skip", f"{bar}, {KEYS[key]}")):
-            if isinstance(rewards, list):
-                found[i][key][directory] = rewards
+        for i, said in zip(visual, score_over_ranks(model, changed, tokens, "skip", f"{bar}, {KEYS[key]}")):
+            if isinstance(said, Score):
+                found[i][key][directory] = said.rewards
 
 def score(cfg: "Config", device: torch.device):
     """Yields (where its results go, facts, predictions, rows) of each folder, as soon as the last model is done."""
-    started, models = time.time(), list(dict.fromkeys(cfg.model))
+    started, models, paradigms = time.time(), list(dict.fromkeys(cfg.model)), []
     sees = {m: "vision_config" in json.loads(Path(m, "config.json").read_bytes()) for m in models}
     if cfg.route and all(sees.values()):
         raise ValueError("--route sends prompts without images to a text-only model, and every --model can see")
@@ -377,6 +397,8 @@ def score(cfg: "Config", device: torch.device):
     out = Path(cfg.out or Path(models[0], "evaluation" if len(models) == 1 else "evaluation-ensemble"))
     for directory in models:  # one after another: each is loaded once, only one is in memory
         model = RewardModel.from_pretrained(directory, dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[dtype])
+        paradigms.append(model.processor.paradigm)
+        model.critiques, model.critique_tokens = cfg.critiques, cfg.critique_tokens or model.critique_tokens
         score_folder(model.to(device), directory, takes, held, cfg, probe=False)
         for folder in folders:
             score_folder(model, directory, takes, folder, cfg, cfg.probe)
@@ -384,9 +406,19 @@ def score(cfg: "Config", device: torch.device):
                 name, benchmark, rows, found = folder
                 weights = combine(found, takes, cfg.ensemble, held[-1])
                 yield out / name, {"benchmark": benchmark, "model": cfg.model, "ensemble": cfg.ensemble,
-                                   "weights": weights, "dtype": dtype, "seconds": round(time.time() - started, 1),
-                                   **receipt(device)}, found, rows
+                                   "weights": weights, "paradigms": paradigms, "critiques": cfg.critiques,
+                                   "dtype": dtype, "seconds": round(time.time() - started, 1), **receipt(device)
+                                   }, found, rows
         del model
+
+def with_own_critiques(found: list[dict], rows, models: list[str]):
+    """The comparisons, each with the critiques that were written: what a critic's head is to be trained on after it has
+    learnt to write (CLoud, arXiv 2408.11791), since in use it reads its own."""
+    for row in found:
+        if "error" not in row:
+            if "verdicts" in row or not row.get("critiques"):
+                raise ValueError(f"--write_critiques: {models[0]} is no critic and writes none")
+            yield replace(rows[row["row"] - 1], critiques=row["critiques"][models[0]])
 
 RECEIPT = {"model", "command", "commit", "date", "hardware", "dtype", "seconds"}  # what a line of facts has beside
 
@@ -528,8 +560,14 @@ def mistakes(found: list[dict], rows, worst: int) -> tuple[list[dict], int]:
     for margin, number, winner, loser in sorted(wrong)[:worst]:
         row, c = found[number - 1], rows[number - 1]
         messages = [f"{m['role']}: {m['content']}" for m in to_messages(c.prompt, c.images)]
-        answers = [{"name": name, "facts": [name, f"reward {row['rewards'][k]:.3f}"], "text": c.responses[k]}
+        wrote = [texts for texts in row.get("critiques", {}).values() if "verdicts" not in row]
+        answers = [{"name": name, "facts": [name, f"reward {row['rewards'][k]:.3f}"], "text": "\n\n".join(
+            [c.responses[k], *(f"critique: {texts[k]}" for texts in wrote)])}
                    for name, k in (("chosen", winner), ("rejected", loser))]
+        if "verdicts" in row and "critiques" in row:  # thoughts: the two orders of each pair
+            p, (thoughts,) = row["pairs"].index([winner, loser]), row["critiques"].values()
+            answers += [{"facts": [f"judge, {name} shown first"], "text": text}
+                        for name, text in zip(("chosen", "rejected"), thoughts[2 * p:2 * p + 2])]
         cards.append({"category": row["category"] or "no category", "text": "\n\n".join(messages), "answers": answers,
                       "facts": [f"margin {margin:.3f}", row["category"], row["id"], f"row {number}"],
                       "pictures": [uri for image in c.images for uri in thumbnails(image)]})
@@ -538,7 +576,8 @@ def mistakes(found: list[dict], rows, worst: int) -> tuple[list[dict], int]:
 def leave(out: Path, facts: dict, found: list[dict], rows, cfg: "Config") -> tuple[dict, str]:
     """summary.json, table.md and report.html of one folder; returns its figures and the text of its tables."""
     benchmark, name = facts["benchmark"], " + ".join(Path(model).name for model in facts["model"])
-    summary, notes = summarise(benchmark, found, cfg.grouping), NOTES.get(benchmark, [])
+    summary, notes = summarise(benchmark, found, cfg.grouping), list(NOTES.get(benchmark, []))
+    notes += [note.format(**facts) for kind, note in PARADIGM_NOTES.items() if kind in facts.get("paradigms", [])]
     table, rest = tables(summary, benchmark, name)
     complete = summary["rows"] == summary["expected"]
     count = "{rows:,} rows" if complete else "{rows:,} OF {expected:,} ROWS ({missing:.200})"
@@ -574,17 +613,24 @@ class Config:
     worst: int = HfArg(default=100, help="mistakes shown in report.html")
     on_bad_row: Literal["stop", "skip"] = HfArg(default="stop", help="skip: and say how many rows are missing")
     pack_tokens: int = HfArg(default=0, help="tokens in a pack; 0: 16,384 on a GPU, 1,024 on a CPU")
+    critiques: Literal["own", "given"] = HfArg(default="own", help="that a critic reads: it writes them, or the data's")
+    critique_tokens: int = HfArg(default=0, help="longest critique or thought; 0: as it was trained")
+    write_critiques: str = HfArg(default="", help="folder to write: --data with the critic's own critiques (CLoud)")
     dtype: Literal["auto", "bf16", "fp32"] = HfArg(default="auto", help="of weights; auto: bf16 on a GPU, else fp32")
 
 def main(cfg: Config) -> None:
-    check_numbers(cfg, not_negative=("worst", "pack_tokens"))
+    check_numbers(cfg, not_negative=("worst", "pack_tokens", "critique_tokens"))
     if not cfg.model and not cfg.rescore:
         raise ValueError("--model DIR is missing: a saved reward model, such as runs/default after train.py")
+    if cfg.write_critiques and (len(cfg.model) != 1 or len(cfg.data) > 1 or cfg.rescore or cfg.critiques == "given"):
+        raise ValueError("--write_critiques takes one critic (--model), one folder (--data), and its own critiques")
     device, texts, folders, values = start_processes(), [], {}, {}
     for out, facts, found, rows in rescored(cfg) if cfg.rescore else score(cfg, device):
         if dist.get_rank() == 0:
             if not cfg.rescore:  # first of all, so that nothing below can lose them
                 write_text(out / "predictions.jsonl", "".join(json.dumps(row) + "\n" for row in [facts, *found]))
+            if cfg.write_critiques:
+                write_comparisons(cfg.write_critiques, with_own_critiques(found, rows, cfg.model))
             folders[out.name], text = leave(out, facts, found, rows, cfg)
             say(f"{text}\n\nwrote it into {out}\n")
             texts.append(text)

@@ -386,7 +386,7 @@ def with_critiques(item: Encoded, critiques: list, processor: "Processor") -> En
     return replace(item, response_ids=[ids if c is None else [*ids, *ask, *c, processor.end] for ids, c in both],
                    learnt=[0 if c is None else len(c) + 1 for _, c in both])
 
-def judged(comparison: Comparison, first: int, second: int, think: bool = False) -> Comparison:
+def judge_pair(comparison: Comparison, first: int, second: int, think: bool = False) -> Comparison:
     """A generative reward model has no head. It is asked which of two answers is better, and "1" and "2" are the two
     responses: their log-probabilities are the rewards, their difference the margin. Again a comparison, one pack, the
     same loss. What it says depends on the order of the answers, so both orders are asked in scoring.
@@ -622,7 +622,7 @@ def fill_packs(sizes: list[int], budget: int) -> list[list[int]]:
 @dataclass
 class Score:
     """What a model says of a comparison with K responses and B pairs."""
-    rewards: list[float]  # K of them; a judge's: the sum of each response's preferences over others
+    rewards: list[float]  # K of them; a judge's: the sum of each response's preferences over others, less 1/2 each
     verdicts: list = ()  # a judge's margins of every pair, (B, 2): its winner was answer 1, was answer 2; others: none
     texts: list[str] = ()  # what it wrote: K critiques, or 2 B thoughts
 
@@ -643,7 +643,7 @@ def asked(comparison: Comparison, model: RewardModel) -> list[Encoded]:
         raise ValueError(f"a judge compares responses and was given {len(comparison.responses)}; want 2 or more")
     orders = [order for i, j in judged_pairs(comparison) for order in ((i, j), (j, i))]
     think = model.processor.paradigm == "think"
-    return [encode(judged(comparison, *order, think), model.processor) for order in orders]
+    return [encode(judge_pair(comparison, *order, think), model.processor) for order in orders]
 
 def score_of(comparison: Comparison, answers: list, model: RewardModel) -> Score:
     """From `answers_to` what was asked."""
@@ -653,9 +653,9 @@ def score_of(comparison: Comparison, answers: list, model: RewardModel) -> Score
     for (i, j), (first, _), (second, _) in zip(judged_pairs(comparison), answers[::2], answers[1::2]):
         score.verdicts.append([first[0] - first[1], second[1] - second[0]])
         for margin in score.verdicts[-1]:
-            preference = 1 / (1 + math.exp(-margin))
+            preference = 1 / (1 + math.exp(-margin)) - 0.5  # less 1/2: to be in many pairs is no merit
             score.rewards[i] += preference / 2
-            score.rewards[j] += (1 - preference) / 2
+            score.rewards[j] -= preference / 2
     return score
 
 @torch.no_grad()
@@ -938,7 +938,7 @@ def from_backbone(path_or_id, head_layers=2, head_activation="silu", max_pixels=
     lm = load(path_or_id, dtype, vocabulary_head=paradigm != "naive")
     backbone = lm.model if paradigm != "naive" else lm
     width = getattr(backbone.config, "text_config", backbone.config).hidden_size
-    config = {"paradigm": paradigm, "critique_tokens": critique_tokens}
+    config = {"paradigm": paradigm} | ({} if paradigm == "naive" else {"critique_tokens": critique_tokens})
     if paradigm in ("naive", "critic"):
         config |= {"head_layers": head_layers, "head_activation": head_activation, "width": width, "reads": READS}
     processor = replace(load_processor(path_or_id, backbone, max_pixels), paradigm=paradigm)

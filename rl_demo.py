@@ -15,7 +15,8 @@ One step of GRPO (arXiv 2402.03300), with the numbers that stand in the code. pi
                       rule      R_i = 1 if y_i matches the answer, else 0
                       model     R_i = r_i
                       hybrid    R_i = 1 if y_i matches the answer, else sigmoid(r_i)
-                      pairwise  R_i = sum over j of (sigmoid(r_i - r_j) - 1/2), the verdicts of all pairs of the group
+                      pairwise  R_i = sum over j of (sigmoid(r_i - r_j) - 1/2), the verdicts of all pairs of the group,
+                                or with --judge those of a generative reward model, asked in both orders
                     A rollout cut off before its <|im_end|> never matches and gets the lowest reward of its group: the
                     reward model reads at <|im_end|>, and would otherwise pay for an end that the policy did not write.
     4  advantages   A_i = (R_i - mean(R)) / (std(R) + 1e-6); all zero where the rewards of a group agree
@@ -30,12 +31,14 @@ Writes into OUT: policy/ (the tiny start), start.json; for each reward REWARD/me
 checkpoint.pt while unfinished); table.md, summary.json, curves.svg, index.html.
 Differs from the paper, which gives no rate, clipping, KL weight or length (we: 1e-6, 0.2, 0.04, 512) and whose pairwise
 baseline asks a generative judge. --no_std is Dr. GRPO's (2503.20783); the loss per token, --clip_eps_high, --drop_equal
-and --mask_truncated are DAPO's (2503.14476). No LoRA, sharded weights or tools.
+and --mask_truncated are DAPO's (2503.14476), --clamp_ratio and --drop_outliers are StableReinforce's (2505.02835). No
+LoRA, sharded weights or tools.
 """
 import json
 import math
 import random
 import re
+import shutil
 import signal
 import sys
 import time
@@ -71,7 +74,9 @@ def hybrid(group):  # in fp32 sigmoid(20) is 1.0, the pay of a right answer
     return torch.where(group.matches, 1.0, torch.sigmoid(group.model_rewards).clamp(max=0.999))
 
 def pairwise(group):
-    r = group.model_rewards  # a generative judge's (G, G) verdicts, 1 where i beats j, can stand for the sigmoid
+    if group.judged is not None:  # the paper's own: a generative judge's preferences for i over each j, summed
+        return group.judged.clone()
+    r = group.model_rewards
     return (torch.sigmoid(r[:, None] - r[None, :]) - 0.5).sum(dim=1)
 
 REWARDS = {"rule": rule,
@@ -98,7 +103,8 @@ def kl_estimate(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Ten
     d = ref_logprobs - logprobs
     return torch.exp(d) - d - 1
 
-def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantage, tokens, clip_eps=0.2, clip_eps_high=0.2, kl_coef=0.0):
+def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantage, tokens, clip_eps=0.2, clip_eps_high=0.2, kl_coef=0.0,
+              clamp_ratio=False):
     """6  PPO's clipped objective with a KL term, summed and divided by the tokens of the step. Tensors are (tokens,).
     The smaller of the two products stops the pull on a token as soon as it has moved by eps in the direction that A
     wants; a token that moved the wrong way is pulled back in full.
@@ -106,7 +112,8 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantage, tokens, clip_eps=
     >>> grpo_loss(a, b, a, torch.tensor([1.0]), 1).item(), grpo_loss(a, b, a, torch.tensor([-1.0]), 1).item()
     (-1.2000000476837158, 2.0)
     """
-    ratio = torch.exp(logprobs - old_logprobs)
+    log_ratio = logprobs - old_logprobs
+    ratio = torch.exp(log_ratio.clamp(math.log(1e-3), math.log(1e3)) if clamp_ratio else log_ratio)  # StableReinforce
     objective = torch.minimum(ratio * advantage, ratio.clamp(1 - clip_eps, 1 + clip_eps_high) * advantage)
     return -(objective - kl_coef * kl_estimate(logprobs, ref_logprobs)).sum() / tokens
 
@@ -116,6 +123,8 @@ def grpo_step(kind: str, step: int, prompts: list, policy: Policy, optimizer, ru
     for group in groups:
         group.rewards = pay(kind, group)                                    # 3  Rewards
         group.advantages = group_advantages(group.rewards, cfg.no_std)      # 4  Advantages
+    if cfg.drop_outliers:
+        drop_outliers(groups)
     batches, tokens = make_batches(groups, run)  # a batch is a micro-step; tokens: of all ranks
     norms = []
     policy.train()
@@ -126,7 +135,7 @@ def grpo_step(kind: str, step: int, prompts: list, policy: Policy, optimizer, ru
             if number == 0:
                 batch.old, batch.ref = logprobs.detach(), run.reference(packed)[batch.keep]  # frozen: keeps no graph
             loss = grpo_loss(logprobs, batch.old, batch.ref, batch.advantage, tokens,
-                             cfg.clip_eps, cfg.clip_eps_high, cfg.kl_coef)  # 6  Loss
+                             cfg.clip_eps, cfg.clip_eps_high, cfg.kl_coef, cfg.clamp_ratio)  # 6  Loss
             loss.backward()
             batch.sums = token_sums(loss.detach() * tokens, logprobs.detach(), batch, cfg)  # the last pass's stay
         for p in policy.parameters():  # the ranks add up their gradients; one that had no batch adds nothing
@@ -146,6 +155,7 @@ class Config:
     policy: str = HfArg(default="tiny", help="'tiny' (made here), a folder, or an id: Qwen/Qwen2.5-VL-3B-Instruct")
     reward_model: list[str] = HfArg(default_factory=lambda: ["runs/default"], help="of train.py; the mean of several")
     reward: list[str] = HfArg(default_factory=lambda: [*REWARDS], metadata={"choices": [*REWARDS]}, help="run in turn")
+    judge: str = HfArg(default="", help="generative reward model whose verdicts `pairwise` takes, both orders")
     data: str = HfArg(default="", help="folder of prompts with answers (format: data.py); none: drawn pictures")
     out: str = HfArg(default="runs/rl", help="run folder: policies, logs, table, curves and page")
     overwrite: bool = HfArg(default=False, help="delete the run that --out holds and start anew")
@@ -164,6 +174,8 @@ class Config:
     kl_coef: float = HfArg(default=0.04, help="beta, weight of the KL term (GRPO: 0.04; DAPO and Dr. GRPO: 0)")
     no_std: bool = HfArg(default=False, help="do not divide advantages by the standard deviation (Dr. GRPO)")
     drop_equal: bool = HfArg(default=False, help="leave out groups whose rewards agree, with no others instead (DAPO)")
+    clamp_ratio: bool = HfArg(default=False, help="l - l_old into [ln 1e-3, ln 1e3] before exp (StableReinforce)")
+    drop_outliers: bool = HfArg(default=False, help="A over all groups normalised, 0 beyond 3 std (StableReinforce)")
     mask_truncated: bool = HfArg(default=False, help="cut-off rollouts count in their group, not in the loss (DAPO)")
     max_new_tokens: int | None = HfArg(default=None, help="longest rollout; 512 (paper: not given), 10 for tiny")
     max_pixels: int | None = HfArg(default=None, help="of an image, 28 x 28 a token; 1003520, for tiny its own")
@@ -236,10 +248,14 @@ def roll_out(policy: Policy, prompts: list[tuple], step, run) -> list[SimpleName
             groups.append(g)
     # Trap: equal words in two branches get rewards that differ in the last digit, and in a group that agrees on all
     # else the division by the standard deviation makes advantages of it (up to 0.5). So equal ones get the first's.
-    scored = [reward_model.score_many([g.ended for g in groups], cfg.pack_tokens) for reward_model in run.reward_models]
+    texts = [replace(g.comparison, responses=g.texts, pairs=(), critiques=()) for g in groups]  # what a judge reads
+    scored = [m.score_many([g.ended for g in groups] if m.head is not None else texts, cfg.pack_tokens)
+              for m in (*run.reward_models, *run.judges)]
     for g, *rewards in zip(groups, *scored):
         first = [g.rollouts.index(ids) for ids in g.rollouts]
-        g.model_rewards = torch.tensor(rewards or [[0.0] * len(first)]).mean(dim=0)[first]  # (G,) r_i
+        rewards = torch.tensor(rewards or [[0.0] * len(first)])[:, first]  # (models, G)
+        g.model_rewards = rewards[:max(len(run.reward_models), 1)].mean(dim=0)  # (G,) r_i
+        g.judged = rewards[-1] if run.judges else None
     return groups
 
 # The answer rule ------------------------------------------------------------------------------------------------------
@@ -284,6 +300,14 @@ def same_formula(response: str, answer: str) -> bool:
     from math_verify import parse, verify
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
     return verify(*(parse(f"${text.strip('$. ')}$") for text in (answer, response)))  # at most 5 s each, by a signal
+
+def drop_outliers(groups: list) -> None:
+    """StableReinforce (arXiv 2505.02835): advantages are normalised once more over the rollouts of all ranks; those
+    beyond three standard deviations become 0."""
+    every = torch.tensor([a for part in gather_objects([g.advantages.tolist() for g in groups]) for a in sum(part, [])])
+    for g in groups:
+        z = (g.advantages - every.mean()) / (every.std(correction=0) + 1e-6)
+        g.advantages = torch.where(z.abs() <= 3, z, 0.0)
 
 # 5 to 7  Packs and metrics --------------------------------------------------------------------------------------------
 def packs_of(groups: list, cfg: Config):  # yields (some groups, their rollouts as one pack)
@@ -374,6 +398,8 @@ def grpo(kind: str, start, run) -> int:
     exam = examine(policy.eval(), run) | {"seconds": round(time.time() - began, 1)}
     if dist.get_rank() == 0:  # who finds result.json finds all; only then the checkpoint goes
         policy.save_pretrained(folder / "policy")
+        if (Path(start) / "reward_config.json").exists():  # it was a judge, and still is
+            shutil.copy(Path(start) / "reward_config.json", folder / "policy")
         write_text(folder / "result.json", json.dumps(exam) + "\n")
         file.unlink()
     say(f"{kind}: true accuracy {percent([figures(exam)])} percent after {step} steps, {exam['seconds']:.0f} s")
@@ -528,6 +554,9 @@ def main(cfg: Config) -> int:
             raise ValueError("there is no reward model in runs/default; `python train.py --out runs/default` makes one")
         paths = []
     reward_models = [RewardModel.from_pretrained(path, dtype).to(device) for path in paths]
+    judges = [RewardModel.from_pretrained(cfg.judge, dtype).to(device)] if cfg.judge else []
+    if judges and judges[0].head is not None:
+        raise ValueError(f"--judge {cfg.judge} is no generative reward model; train.py --paradigm generative makes one")
     if start == "tiny":
         start = out / "policy"
         if not begun and dist.get_rank() == 0:
@@ -543,7 +572,8 @@ def main(cfg: Config) -> int:
     order = Order([[1] * len(learn)], [1.0], cfg.batch_size, cfg.seed)
     exam = read_prompts(rows, held[dist.get_rank()::dist.get_world_size()], ours)
     run = SimpleNamespace(cfg=cfg, device=device, rows=rows, learn=learn, order=order, exam=exam, reference=reference,
-                          reward_models=reward_models, steps=min(cfg.max_steps or math.inf, order.steps(cfg.epochs)))
+                          reward_models=reward_models, judges=judges,
+                          steps=min(cfg.max_steps or math.inf, order.steps(cfg.epochs)))
     if not begun:
         found = examine(reference, run) | {"config": asdict(cfg), "seconds": round(time.time() - began, 1)}
         say(f"start: true accuracy {percent([figures(found)])} percent on {len(found['records'])} held-out prompts")

@@ -50,9 +50,9 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 from data import BadRow, Order, read_comparisons, shuffle_images, synthetic, use_row
-from model import (CRITIQUE_TURN, Comparison, Pack, RewardModel, Score, answers_to, asked, encode, fill_packs, judged,
-                   margins_of, one_ahead, pack, pairwise_loss, recompute_activations, remove, replacing, score_of,
-                   tiny_backbone)
+from model import (CRITIQUE_TURN, Comparison, Pack, RewardModel, Score, answers_to, asked, encode, fill_packs,
+                   judge_pair, margins_of, one_ahead, pack, pairwise_loss, recompute_activations, remove, replacing,
+                   score_of, tiny_backbone)
 
 @dataclass(frozen=True)
 class Config:
@@ -192,7 +192,7 @@ def to_learn(comparison: Comparison, processor, dice: random.Random) -> list:
     if processor.paradigm in ("naive", "critic"):
         return [encode(comparison, processor)]
     orders = [pair if dice.random() < 0.5 else pair[::-1] for pair in comparison.pairs]
-    return [encode(judged(comparison, *order, processor.paradigm == "think"), processor) for order in orders]
+    return [encode(judge_pair(comparison, *order, processor.paradigm == "think"), processor) for order in orders]
 
 def take_step(model, optimizer, packs: list[Pack], filler: Pack, micro_steps: int, pairs: int, texts: int, cfg: Config):
     """One step of the optimiser, which learns from so many pairs and texts on all ranks. Returns sums over this rank's,
@@ -431,7 +431,7 @@ def texts_of(rows, kind: str):
         with contextlib.suppress(BadRow):
             yield f"{rows[i].prompt} {' '.join(rows[i].responses)}"
             if kind != "naive":  # a pretrained model knows these words too
-                seen = judged(rows[i], *rows[i].pairs[0], think=True)
+                seen = judge_pair(rows[i], *rows[i].pairs[0], think=True)
                 yield f"{seen.prompt} {seen.responses[0]} {CRITIQUE_TURN}"
 
 # The run folder ------------------------------------------------------------------------------------------------------

@@ -149,7 +149,7 @@ def main(cfg: Config) -> None:
 
     def ours():
         for packed in packs:
-            yield model(packed), packed.pairs
+            yield model(packed)[0], packed.pairs
 
     def stock():
         for items, pairs in zip(in_order, stock_pairs):

@@ -70,7 +70,7 @@ def make_policy(text: dict, vision: dict) -> Policy:
     torch.manual_seed(0)
     config._attn_implementation = "branches"
     policy = Policy(Qwen2_5_VLForConditionalGeneration(config).eval(), Processor(tokenizer, None))
-    policy.never = [*policy.never, policy.end]
+    Processor.never = property(lambda self: [self.end])
     return policy
 
 

@@ -21,7 +21,7 @@ from conftest import ROOT
 from data import BENCHMARKS, BadRow, synthetic, write_comparisons
 from evaluate import (ALL, METRICS, NOTES, PUBLISHED, SECTIONS, Config, averages, controls, figures, leave, length_correlation, main,
                       markdown, metrics, page, summarise, tables, weigh)
-from model import Comparison, RewardModel
+from model import Comparison, RewardModel, Score
 
 
 def rows_of(*cells):
@@ -572,8 +572,8 @@ def test_bad_input_is_one_line_that_says_what_to_do(settings, words, models, bac
 
 
 def test_rewards_that_are_not_finite_are_refused(models, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "score_over_ranks", lambda model, rows, *_: [[math.nan, 0.0] for _ in range(len(rows))])
-    with pytest.raises(ValueError, match=r"comparisons.jsonl:1: .*eyes gives the rewards \[nan, 0.0\]"):
+    monkeypatch.setattr(evaluate, "score_over_ranks", lambda model, rows, *_: [Score([math.nan, 0.0])] * len(rows))
+    with pytest.raises(ValueError, match=r"comparisons.jsonl:1: .*eyes gives \[nan, 0.0\] as rewards"):
         run(model=[str(models / "eyes")], data=[str(folder)], out=str(tmp_path))
 
 

@@ -239,7 +239,7 @@ def test_one_pack_equals_separate_padded_sequences(backbones, monkeypatch, kind,
     names = list(COMPARISONS) if kind.endswith("vl") else list(COMPARISONS)[:2]
     items = [encode(COMPARISONS[name], model.processor) for name in names]
     p, gradients = pack(items), []
-    for rewards in (model(p), stock_rewards(model, items)):
+    for rewards in (model(p)[0], stock_rewards(model, items)):
         model.zero_grad()
         pairwise_loss(rewards, p.pairs).backward()
         gradient = torch.cat([q.grad.flatten() for q in model.parameters() if q.grad is not None])
@@ -255,7 +255,7 @@ def test_recomputed_activations_give_the_same_gradient(tiny):
         model = copy.deepcopy(tiny).train()
         if recompute:
             m.recompute_activations(model.backbone)
-        pairwise_loss(model(p), p.pairs).backward()
+        pairwise_loss(model(p)[0], p.pairs).backward()
         gradients.append(torch.cat([q.grad.flatten() for q in model.parameters()]))
     layer = next(layer for layer in model.backbone.language_model.layers)
     assert layer.gradient_checkpointing and (gradients[0] - gradients[1]).norm() <= 1e-6 * gradients[0].norm()
@@ -275,8 +275,8 @@ def test_under_autocast_bf16_weights_compute_what_fp32_weights_of_the_same_value
 
 def test_a_reward_ignores_its_neighbours_in_the_pack(tiny):
     items = encoded(tiny)
-    together = tiny(pack(items))
-    alone = torch.cat([tiny(pack([item.with_responses([ids])])) for item in items for ids in item.response_ids])
+    together = tiny(pack(items))[0]
+    alone = torch.cat([tiny(pack([item.with_responses([ids])]))[0] for item in items for ids in item.response_ids])
     assert (together - alone).abs().max() < 1e-5
 
 
@@ -284,12 +284,12 @@ def test_ranked_responses_in_one_pack_give_the_gradient_of_all_their_pairs_taken
     model = copy.deepcopy(tiny)
     item = encoded(model, "text, K = 4")[0]
     p = pack([item])
-    pairwise_loss(model(p), p.pairs).backward()
+    pairwise_loss(model(p)[0], p.pairs).backward()
     whole = torch.cat([q.grad.flatten() for q in model.parameters()])
     model.zero_grad()
     for w, l in item.pairs:
         p = pack([m.replace(item, response_ids=[item.response_ids[w], item.response_ids[l]], pairs=[(0, 1)])])
-        pairwise_loss(model(p), p.pairs, pairs_in_step=len(item.pairs)).backward()
+        pairwise_loss(model(p)[0], p.pairs, pairs_in_step=len(item.pairs)).backward()
     apart = torch.cat([q.grad.flatten() for q in model.parameters()])
     assert (whole - apart).norm() < 1e-5 * whole.norm()
 
@@ -298,7 +298,7 @@ def test_a_pack_without_an_image_still_reaches_every_parameter(tiny):
     """Else DistributedDataParallel waits for ever for the vision tower of a text-only rank."""
     model = copy.deepcopy(tiny)
     p = pack(encoded(model, "text, K = 2"))
-    pairwise_loss(model(p), p.pairs).backward()
+    pairwise_loss(model(p)[0], p.pairs).backward()
     assert all(q.grad is not None for q in model.parameters())
     assert sum(q.grad.abs().sum() for q in model.backbone.visual.parameters()) == 0
 
@@ -323,7 +323,7 @@ def test_every_head_of_table_2_can_be_built():
 
 
 def test_a_fresh_model_starts_near_log_2(tiny):
-    rewards = tiny(pack(encoded(tiny)))
+    rewards = tiny(pack(encoded(tiny)))[0]
     assert rewards.abs().max() < 2
     assert abs(pairwise_loss(rewards, pack(encoded(tiny)).pairs).item() - math.log(2)) < 0.3
 
@@ -332,8 +332,8 @@ def test_saved_and_loaded_the_rewards_are_identical(tiny, tmp_path):
     tiny.save_pretrained(tmp_path / "rm")
     again = RewardModel.from_pretrained(tmp_path / "rm")
     p = pack(encoded(tiny))
-    assert torch.equal(tiny(p), again(p))
-    assert again.score("Name a colour.", ["red", "a long answer: green"]) == pytest.approx(tiny(p)[:2].tolist(), abs=1e-5)
+    assert torch.equal(tiny(p)[0], again(p)[0])
+    assert again.score("Name a colour.", ["red", "a long answer: green"]) == pytest.approx(tiny(p)[0][:2].tolist(), abs=1e-5)
     alone = [tiny.score(c.prompt, c.responses, c.images) for c in COMPARISONS.values()]
     for one, many in zip(alone, again.score_many(list(COMPARISONS.values()), pack_tokens=100)):
         assert many == pytest.approx(one, abs=1e-5)
@@ -447,7 +447,7 @@ def test_weights_in_one_file_replace_weights_in_several(tiny, tmp_path):
 
 def test_a_prompt_without_responses_is_a_pack_too(tiny, policy):
     alone = encode(Comparison("Hi", []), tiny.processor)
-    assert tiny(pack([alone])).shape == (0,) and pack([alone]).response_tokens.dtype == torch.long
+    assert tiny(pack([alone]))[0].shape == (0,) and pack([alone]).response_tokens.dtype == torch.long
     with pytest.raises(ValueError, match="list of texts"):
         tiny.score("Hi", "red")
 
@@ -545,7 +545,7 @@ def test_what_is_generated_has_the_probability_that_a_pack_gives_it(policy):
 def test_without_seeds_the_likeliest_token_is_written(policy):
     item = encode(COMPARISONS["one image"], policy.processor).with_responses([])
     (((first, *_),),), _ = generate(policy, [item], max_new_tokens=2)
-    table = policy.log_softmax(m.hidden_states(policy.lm.model, pack([item]))[-1:])
+    table = m.log_softmax(policy.lm_head, m.hidden_states(policy.lm.model, pack([item]))[-1:], policy.processor.never)
     assert first == table.argmax().item() and table[0, policy.processor.never].max() == -torch.inf
 
 

@@ -201,7 +201,7 @@ def test_a_training_step_runs_on_every_set(converted, tiny, name):
         assert all(c.answer for c in found)
         found = [model.Comparison(c.prompt, [c.answer, "nothing"], [(0, 1)], c.images) for c in found]
     pack = model.pack(found, tiny.processor)
-    model.pairwise_loss(tiny(pack), pack.pairs).backward()
+    model.pairwise_loss(tiny(pack)[0], pack.pairs).backward()
     assert tiny.head[0].weight.grad.abs().sum() > 0
     tiny.zero_grad()
 

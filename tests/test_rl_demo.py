@@ -101,7 +101,7 @@ def group_of(prompt, rollouts, end, advantages, sampled=None):
 
 def shared(policy, cfg, reward_models=()):
     reference = copy.deepcopy(policy).requires_grad_(False)
-    return SimpleNamespace(cfg=cfg, device=torch.device("cpu"), reference=reference, reward_models=reward_models)
+    return SimpleNamespace(cfg=cfg, device=torch.device("cpu"), reference=reference, reward_models=reward_models, judges=[])
 
 
 # ----------------------------------------------------------------------------------------- rewards
@@ -109,7 +109,7 @@ def shared(policy, cfg, reward_models=()):
 def paid(kind, r, matches=None, truncated=None):
     no = torch.zeros(len(r), dtype=torch.bool)
     known = [no if x is None else torch.tensor(x) for x in (matches, truncated)]
-    return rl.pay(kind, SimpleNamespace(model_rewards=torch.tensor(r), matches=known[0], truncated=known[1]))
+    return rl.pay(kind, SimpleNamespace(judged=None, model_rewards=torch.tensor(r), matches=known[0], truncated=known[1]))
 
 
 def test_hybrid_never_pays_a_wrong_answer_like_a_right_one():
@@ -274,7 +274,7 @@ def test_cut_off_rollouts_leave_the_loss_only_when_asked_to(policy):
 
 def test_rollouts_depend_on_seed_step_and_row_and_not_on_their_neighbours(policy):
     """So neither the number of ranks nor the rows that are written at a time change a run."""
-    prompts, of = prompts_of(policy, visual_and_text()), SimpleNamespace(reward_models=[])
+    prompts, of = prompts_of(policy, visual_and_text()), SimpleNamespace(reward_models=[], judges=[])
     of.cfg = rl.Config(group_size=3, max_new_tokens=5, rollout_rows=6)
     together = [g.rollouts for g in rl.roll_out(policy, prompts, 0, of)]
     assert [rl.roll_out(policy, [prompt], 0, of)[0].rollouts for prompt in prompts] == together
@@ -286,7 +286,7 @@ def rolled(policy, monkeypatch, written, comparisons, models, pack_tokens):
     """Groups whose rollouts are given, scored."""
     monkeypatch.setattr(rl, "generate", lambda *_: (written, [[[0.0] * len(ids) for ids in own] for own in written]))
     return rl.roll_out(policy, prompts_of(policy, comparisons), 0,
-                       SimpleNamespace(cfg=rl.Config(pack_tokens=pack_tokens), reward_models=models))
+                       SimpleNamespace(cfg=rl.Config(pack_tokens=pack_tokens), reward_models=models, judges=[]))
 
 
 def test_equal_rollouts_are_paid_equally_to_the_last_bit(policy, tiny, monkeypatch):
@@ -314,7 +314,7 @@ def test_every_rollout_gets_the_reward_of_its_own_words(policy, tiny, monkeypatc
         groups = rolled(policy, monkeypatch, written, comparisons, [model], 70)
         for group, rollouts in zip(groups, written):
             ended = [ids if ids[-1] == end else [*ids, end] for ids in rollouts]
-            one_by_one = [model(pack([group.prompt.with_responses([ids])])).item() for ids in ended]
+            one_by_one = [model(pack([group.prompt.with_responses([ids])]))[0].item() for ids in ended]
             torch.testing.assert_close(group.model_rewards, torch.tensor(one_by_one), atol=1e-5, rtol=0)
         alone.append(torch.stack([g.model_rewards for g in groups]))
     both = torch.stack([g.model_rewards for g in rolled(policy, monkeypatch, written, comparisons, [tiny, other], 70)])

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import train
 from conftest import ROOT
 from data import BadRow, Comparison, Order, read_comparisons, synthetic, write_comparisons
-from model import RewardModel
+from model import RewardModel, Score
 from train import Config, learning_rate, main, open_data, score_over_ranks, start_processes
 from two_ranks import gradient, stop_after
 
@@ -163,10 +163,10 @@ def test_the_learning_rate_rises_and_falls():
 def test_no_category_collides_with_the_total():
     """A category may be called "accuracy": 1 of 2 right is one half, and not two thirds."""
     rows = [Comparison("?", ["a", "b"], [(0, 1)], category=name) for name in ("accuracy", "all")]
-    rewards = [[1.0, 0.0], [0.0, 0.0]]  # a tie is wrong
+    rewards = [Score([1.0, 0.0]), Score([0.0, 0.0])]  # a tie is wrong
     assert train.accuracy(rows, rewards) == 0.5
     assert train.accuracy_by_category(rows, rewards) == {"accuracy": (1.0, 1), "all": (0.0, 1)}
-    assert train.accuracy(rows, [None, [1.0, 0.0]]) == 1.0 and math.isnan(train.accuracy([], []))
+    assert train.accuracy(rows, [None, Score([1.0, 0.0])]) == 1.0 and math.isnan(train.accuracy([], []))
 
 
 # The run --------------------------------------------------------------------------------------------------------------
@@ -465,7 +465,7 @@ def test_a_row_that_cannot_be_scored_gives_its_reason_if_told_to_skip_it(tiny, t
         score_over_ranks(tiny, rows)
     rewards = score_over_ranks(tiny, rows, on_bad_row="skip")
     assert isinstance(rewards[0], BadRow) and "nowhere.png" in str(rewards[0])
-    assert rewards[1] == pytest.approx(tiny.score("?", ["a", "b", "c"]), abs=1e-5)
+    assert rewards[1].rewards == pytest.approx(tiny.score("?", ["a", "b", "c"]), abs=1e-5)
 
 
 def test_rows_held_out_by_whole_prompts_are_preferred_to_rows_of_the_training_file(tmp_path):

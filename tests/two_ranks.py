@@ -48,7 +48,7 @@ def gradient(backbone, folder, pack_tokens=120, shard=False):
     counts = gather([share.pairs, len(share.packs), sum(len(p.image_grid_thw) for p in share.packs)])
     filler = pack([Comparison("?", ["a", "b"], [(0, 1)])], raw.processor)
     keep = KeepGradient(raw)
-    sums, _ = take_step(model, keep, share.packs, filler, int(counts[:, 1].max()), int(counts[:, 0].sum()), cfg)
+    sums, _ = take_step(model, keep, share.packs, filler, int(counts[:, 1].max()), int(counts[:, 0].sum()), 0, cfg)
     return keep.gradient, gather(sums).sum(dim=0), counts
 
 
@@ -99,7 +99,7 @@ if __name__ == "__main__":
     status.append(train.main(replace(sharded, resume=True)))
     held = read_comparisons(told["drawn"])
     model = RewardModel.from_pretrained(here / "two")
-    results |= {"status": status, "rewards": train.score_over_ranks(model, held, 128)}
+    results |= {"status": status, "rewards": [score.rewards for score in train.score_over_ranks(model, held, 128)]}
     if rank == 0:
         torch.save(results, here / "results.pt")
     dist.barrier()

@@ -41,7 +41,7 @@ def table() -> str:
         sees = "".join("#" if seen else "." for seen in mask[i].tolist())
         lines.append(f"{i:3}  {token:<16}{id:4}  {branch:^6}  {time:4} {row:3} {column:6}  {sees}")
     with torch.no_grad():
-        rewards = model(packed)
+        rewards, _ = model(packed)
         loss = pairwise_loss(rewards, packed.pairs).item()
     (r1, r2), (last1, last2) = rewards.tolist(), packed.last_token.tolist()
     lines.append(f"\nlast tokens {last1} and {last2}: r_1 = {r1:.3f}, r_2 = {r2:.3f}")

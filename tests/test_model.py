@@ -471,7 +471,7 @@ def test_max_pixels_bounds_the_tokens_of_an_image(backbones):
     small = RewardModel.from_backbone(backbones(), max_pixels=56 * 56)
     patches = small.processor.image_processor(images=[picture()], return_tensors="pt")["pixel_values"]
     assert len(patches) == 16  # 4 x 4 patches, 2 x 2 tokens
-    assert small.config == {"head_layers": 2, "head_activation": "silu", "width": 64, "reads": m.READS}
+    assert small.config == {"paradigm": "naive", "head_layers": 2, "head_activation": "silu", "width": 64, "reads": m.READS}
 
 
 # ----------------------------------------------------------------------------------------------- the loss

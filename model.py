@@ -114,11 +114,7 @@ def encode(comparison: Comparison, processor: "Processor") -> Encoded:
     prompt_ids = tokenizer(text, add_special_tokens=False).input_ids
     if isinstance(comparison.responses, str):
         raise ValueError("the responses are one text, want a list of texts")
-    response_ids = []
-    for response in comparison.responses:
-        check_text(response, "a response")
-        ids = tokenizer(SPECIAL.sub("< ", response), add_special_tokens=False).input_ids
-        response_ids.append([*ids, processor.end])
+    response_ids = [[*processor.ids_of(response), processor.end] for response in comparison.responses]
     positions = mrope_positions(prompt_ids, grids, processor.id_of(IMAGE_PAD), processor.id_of(VIDEO_PAD),
                                 processor.video_step)
     item = Encoded(prompt_ids, response_ids, [tuple(pair) for pair in comparison.pairs], torch.cat(patches),
@@ -126,9 +122,8 @@ def encode(comparison: Comparison, processor: "Processor") -> Encoded:
     if processor.paradigm == "think":  # the whole response is what it learns to write
         return replace(item, learnt=[len(ids) for ids in response_ids])
     if processor.paradigm == "critic" and comparison.critiques:
-        texts = [SPECIAL.sub("< ", text) for text in comparison.critiques]
-        ids = [tokenizer(text, add_special_tokens=False).input_ids if text.strip() else None for text in texts]
-        return with_critiques(item, ids, processor)
+        critiques = [processor.ids_of(text) if text.strip() else None for text in comparison.critiques]
+        return with_critiques(item, critiques, processor)
     return item
 
 def mrope_positions(ids: list[int], grids: list, image_pad: int, video_pad: int, video_step: int = 1) -> torch.Tensor:
@@ -286,22 +281,6 @@ def build_head(width: int, layers: int = 2, activation: str = "silu") -> nn.Sequ
     nn.init.zeros_(last.bias)
     return nn.Sequential(*parts, last)
 
-def response_logprobs(lm_head, hidden: torch.Tensor, pack: Pack, keep=slice(None), never=()) -> torch.Tensor:
-    """Log-probabilities in fp32 of the response tokens of a pack, each given what stands before it: (S,), or of `keep`.
-    lm_head: the vocabulary head. Only the rows that predict meet it, 1,024 at a time and again in the backward pass:
-    the logits of 8 responses of 512 tokens over 150,000 words would be 2.5 GB.
-    """
-    ids, hidden = pack.input_ids[pack.response_tokens[keep]], hidden[pack.predicted_by[keep]]  # (S,), (S, D)
-    parts = [checkpoint(lambda h, i: log_softmax(lm_head, h, never).gather(1, i[:, None])[:, 0], *part,
-                        use_reentrant=False) for part in zip(hidden.split(1024), ids.split(1024))]
-    return torch.cat(parts)
-
-def log_softmax(lm_head, hidden: torch.Tensor, never=()) -> torch.Tensor:
-    """(tokens, V) in fp32; the words `never` have probability 0."""
-    logits = lm_head(hidden).float()
-    logits[:, list(never)] = -torch.inf
-    return logits.log_softmax(dim=-1)
-
 class RewardModel(nn.Module):
     """A backbone without its vocabulary, and a small head that turns the end of a response into its reward: the paper's
     naive paradigm, its best. A critic has the vocabulary head too, a generative one has it alone (section 7).
@@ -325,14 +304,12 @@ class RewardModel(nn.Module):
         cross_entropy = torch.zeros((), device=self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             hidden = hidden_states(self.backbone, pack)  # (T, D)
-            if self.head is None or self.lm_head is not None and self.training:
+            if self.head is None or self.lm_head is not None and self.training:  # what it says, or learns to say
                 keep = slice(None) if self.head is None else pack.learnt > 0
                 logprobs = response_logprobs(self.lm_head, hidden, pack, keep)
                 cross_entropy = -(pack.learnt[keep] * logprobs).sum()
-        if self.head is None:  # the log-probability of a response, its <|im_end|> left out
-            of = torch.arange(len(pack.last_token), device=self.device).repeat_interleave(pack.response_length + 1)
-            said = logprobs * (pack.response_tokens != pack.last_token[of])
-            return said.new_zeros(len(pack.last_token)).index_add(0, of, said), cross_entropy
+        if self.head is None:
+            return sum_over_responses(logprobs, pack), cross_entropy
         with torch.autocast(self.device.type, enabled=False):  # differences of rewards are small: the head stays fp32
             read = read_by_head(hidden, pack).to(self.head[-1].weight.dtype)  # (R, D)
             return self.head(read)[:, 0].clone(), cross_entropy  # a view would make FSDP warn
@@ -340,6 +317,7 @@ class RewardModel(nn.Module):
     def score(self, prompt, responses, images=()) -> list[float]:
         """Rewards of K responses to one prompt, higher is better; only their differences mean something."""
         return self.score_many([Comparison(prompt, responses, images=list(images))])[0]
+
 # 6  The loss ----------------------------------------------------------------------------------------------------------
 def pairwise_loss(rewards, pairs, zero_coef=0.0, length_norm=False, response_length=None, pairs_in_step=None):
     """Equation (1): the mean over pairs of -log sigmoid(r(x, chosen) - r(x, rejected)), in fp32.
@@ -423,6 +401,11 @@ class Processor:
 
     def id_of(self, token: str) -> int:
         return self.tokenizer.convert_tokens_to_ids(token)
+
+    def ids_of(self, text: str) -> list[int]:
+        """Token ids of a text, none of them special."""
+        check_text(text, "a response")
+        return self.tokenizer(SPECIAL.sub("< ", text), add_special_tokens=False).input_ids
 
     @property
     def never(self) -> list[int]:
@@ -740,7 +723,29 @@ def one_ahead(make, items, on_gpu: bool):
         if pending is not None:
             yield pending.result()
 
-# The policy -----------------------------------------------------------------------------------------------------------
+# The vocabulary head --------------------------------------------------------------------------------------------------
+def response_logprobs(lm_head, hidden: torch.Tensor, pack: Pack, keep=slice(None), never=()) -> torch.Tensor:
+    """Log-probabilities in fp32 of the response tokens of a pack, each given what stands before it: (S,), or of `keep`.
+    lm_head: the vocabulary head. Only the rows that predict meet it, 1,024 at a time and again in the backward pass:
+    the logits of 8 responses of 512 tokens over 150,000 words would be 2.5 GB.
+    """
+    ids, hidden = pack.input_ids[pack.response_tokens[keep]], hidden[pack.predicted_by[keep]]  # (S,), (S, D)
+    parts = [checkpoint(lambda h, i: log_softmax(lm_head, h, never).gather(1, i[:, None])[:, 0], *part,
+                        use_reentrant=False) for part in zip(hidden.split(1024), ids.split(1024))]
+    return torch.cat(parts)
+
+def sum_over_responses(logprobs: torch.Tensor, pack: Pack) -> torch.Tensor:
+    """(S,) -> (R,): the log-probability of each response, its <|im_end|> left out."""
+    of = torch.arange(len(pack.last_token), device=logprobs.device).repeat_interleave(pack.response_length + 1)
+    said = logprobs * (pack.response_tokens != pack.last_token[of])
+    return said.new_zeros(len(pack.last_token)).index_add(0, of, said)
+
+def log_softmax(lm_head, hidden: torch.Tensor, never=()) -> torch.Tensor:
+    """(tokens, V) in fp32; the words `never` have probability 0."""
+    logits = lm_head(hidden).float()
+    logits[:, list(never)] = -torch.inf
+    return logits.log_softmax(dim=-1)
+
 class Policy(nn.Module):
     """A backbone with its vocabulary head, which can write: transformers' model `lm`."""
 

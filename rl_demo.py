@@ -405,7 +405,7 @@ def grpo(kind: str, start, run) -> int:
     say(f"{kind}: true accuracy {percent([figures(exam)])} percent after {step} steps, {exam['seconds']:.0f} s")
     return 0
 
-def make_policy(cfg: Config, folder: Path, reward_model: RewardModel) -> None:
+def make_policy(cfg: Config, folder: Path, reward_model: RewardModel, rows=None) -> None:
     """The start of the laptop run: the tiny reward model's backbone with a fresh vocabulary head. For three quarters of
     the steps it learns the right answers, then for every prompt three times the right one and two wrong ones. So it
     mostly knows what is in the picture, and says it about half the time: RL is to make it say so always."""
@@ -418,7 +418,7 @@ def make_policy(cfg: Config, folder: Path, reward_model: RewardModel) -> None:
     lm = kind.from_config(config, attn_implementation="branches", trust_remote_code=False)
     lm.model.load_state_dict(backbone.state_dict())
     policy = Policy(lm.float(), reward_model.processor).to(reward_model.device).train()
-    rows = synthetic(steps * 16, seed=2_000_000 + cfg.seed)  # pictures of their own: nothing later shows them again
+    rows = rows or synthetic(steps * 16, seed=2_000_000 + cfg.seed)  # pictures of their own, never shown again
     optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
     for step in tqdm(range(steps), desc="fine-tuning the tiny policy"):
         optimizer.param_groups[0]["lr"] = 1e-3 * min(1, (step + 1) / 20, (steps - step) / (0.3 * steps))

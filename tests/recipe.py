@@ -11,11 +11,13 @@ All paradigms of Table 1 start, as in the paper, from one model that can answer:
 answers as rl_demo.py makes its policy. They see the same comparisons, once.
 """
 import argparse
+import contextlib
 import itertools
 import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -52,8 +54,10 @@ def stand_in(here: Path, seed: int, options) -> Path:
         random = here / "random"
         if not random.exists():
             tiny_backbone(random, train.texts_of(rows, "think"), seed)
+        taught = [replace(c, prompt=f"{c.prompt} One of: {', '.join(c.responses)}.") if i % 2 else c for i, c in enumerate(
+            data.synthetic(options.stand_in_steps * 16, 2_000_000 + seed))]  # questions, and questions with a choice
         cfg = rl_demo.Config(seed=seed, sft_steps=options.stand_in_steps)
-        rl_demo.make_policy(cfg, folder, RewardModel.from_backbone(random, max_pixels=12544))
+        rl_demo.make_policy(cfg, folder, RewardModel.from_backbone(random, max_pixels=12544), taught)
         (here / "stand_in.json").write_text(json.dumps({"seconds": time.time() - began}))
     return folder
 
@@ -85,6 +89,71 @@ def table_1(here: Path, seed: int, options) -> list[tuple]:
     ]
 
 
+def table_2(here: Path, seed: int, options) -> list[tuple]:
+    """The head's layers and activation; the paper's VL-RewardBench overall."""
+    heads = [(1, "none", "71.2"), (2, "none", "71.7"), (2, "tanh", "74.8"), (2, "silu", "76.5"), (3, "silu", "71.4"),
+             (4, "silu", "69.1"), (5, "silu", "73.5")]
+    return [(f"{n} {a}", paper, [training(here, f"head-{n}-{a}", seed, options, f"--head_layers {n} --head_activation {a}")],
+             f"head-{n}-{a}", "") for n, a, paper in heads]
+
+
+def algorithm_1(here: Path, seed: int, options) -> list[tuple]:
+    flags = {"neither": "", "lambda 0.001": "--zero_coef 0.001", "lambda 0.01": "--zero_coef 0.01",
+             "lambda 0.1": "--zero_coef 0.1", "length norm": "--length_norm"}
+    return [(name, "", [training(here, name.replace(" ", "-"), seed, options, flag)], name.replace(" ", "-"), "")
+            for name, flag in flags.items()]
+
+
+def table_4(here: Path, seed: int, options) -> list[tuple]:
+    """What rows with and without images teach, as many of each (section 4.5 too); the text-only model has no eyes."""
+    if not (here / "text").exists():
+        rows = data.synthetic(8 * options.rows, seed)
+        parts = [[c for c in rows if bool(c.images) == sees][:options.rows] for sees in (True, False)]
+        halves = [c for both in zip(*parts) for c in both][:options.rows]
+        for name, part in (("images", parts[0]), ("both", halves), ("text", parts[1])):
+            data.write_comparisons(here / name, part, bar=False)
+        tiny_backbone(here / "blind", train.texts_of(rows[:2000], "naive"), seed, kind="qwen3")
+    run = lambda name, backbone="stand_in": ["train.py", "--backbone", here / backbone, "--out", here / f"on-{name}-{backbone}",
+                                             "--seed", seed, "--data", here / name, TINY.format(lr=options.lr), "--eval_size 60"]
+    return [("images alone", "", [run("images")], "on-images-stand_in", ""),
+            ("text alone", "", [run("text")], "on-text-stand_in", ""),
+            ("both, half of each", "", [run("both")], "on-both-stand_in", ""),
+            ("text alone, text-only model", "", [run("text", "blind")], "on-text-blind", "--on_bad_row skip")]
+
+
+def table_6(here: Path, seed: int, options) -> list[tuple]:
+    """Every family of backbones at two widths, from random weights on the default's 14,000 comparisons."""
+    rows = []
+    for kind, width in itertools.product(KINDS, (64, 128)):
+        name = f"{kind} {width}"
+        folder = here / name.replace(" ", "-")
+        if not (folder / "backbone").exists():
+            tiny_backbone(folder / "backbone", train.texts_of(data.synthetic(2000, seed), "naive"), seed, kind, width=width)
+        rows.append((name, "", [["train.py", "--backbone", folder / "backbone", "--out", folder / "run", "--seed", seed,
+                                 TINY.format(lr="6e-4"), "--eval_size 60"]], f"{folder.name}/run", "--on_bad_row skip"))
+    return rows
+
+
+def table_7(here: Path, seed: int, options) -> list[tuple]:
+    """Two members that see and a text-only third; three rules, and prompts without images to the third alone."""
+    validation = here / "validation"
+    if not validation.exists():
+        data.write_comparisons(validation, data.synthetic(200, 7, held_out=True), bar=False)
+        texts = [*train.texts_of(data.synthetic(2000, seed), "naive")]
+        for name, kind in (("a", "qwen2_5_vl"), ("b", "qwen2_vl"), ("c", "qwen3")):
+            tiny_backbone(here / f"backbone-{name}", texts, seed, kind)
+    run = lambda name: ["train.py", "--backbone", here / f"backbone-{name}", "--out", here / name, "--seed", seed,
+                        TINY.format(lr="6e-4"), "--eval_size 60", "--train_size", 2 * options.rows, "--on_bad_row skip"]
+    weigh = f"--validation {validation} --ensemble"
+    return [("a: Qwen2.5-VL", "", [run("a")], "a", ""), ("b: Qwen2-VL", "", [run("b")], "b", ""),
+            ("a + b, average", "", [], "a b", ""), ("a + b, accuracy", "", [], "a b", f"{weigh} accuracy"),
+            ("a + b, confidence", "", [], "a b", f"{weigh} confidence"),
+            ("a + b, texts to c alone", "", [run("c")], "a b c", "--route")]
+
+
+KINDS = ("qwen2_5_vl", "qwen2_vl")
+
+
 def cell(here: Path, row: tuple, options) -> dict:
     """Trains and measures one row: accuracy in percent, by category, and what it cost."""
     name, _, commands, models, flags = row
@@ -101,7 +170,9 @@ def cell(here: Path, row: tuple, options) -> dict:
     for path in models:
         model = RewardModel.from_pretrained(path)
         model.critiques = "given" if "given" in flags else "own"
-        read += sum(item.tokens for c in data.read_comparisons(held) for item in asked(c, model))
+        for c in data.read_comparisons(held):
+            with contextlib.suppress(ValueError):  # a text-only model and an image
+                read += sum(item.tokens for item in asked(c, model))
         texts = [text for r in rows for text in r.get("critiques", {}).get(str(path), [])]
         written += sum(len(model.processor.tokenizer(text).input_ids) + 1 for text in texts)
     beyond = {key.removeprefix("judge: "): f["value"] for key, f in found["beyond"].items() if key.startswith("judge")}
@@ -110,7 +181,7 @@ def cell(here: Path, row: tuple, options) -> dict:
             "by_category": {key: f["value"] for key, f in found["figures"].items() if key != "accuracy"}}
 
 
-TABLES = {"1": table_1}
+TABLES = {"1": table_1, "2": table_2, "algorithm1": algorithm_1, "4": table_4, "6": table_6, "7": table_7}
 
 
 def main() -> None:
@@ -128,18 +199,16 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "held").exists():
         data.write_comparisons(out / "held", data.synthetic(HELD, held_out=True), bar=False)
-    rows = TABLES[options.table](out, 0, options)
-    found = {}
-    work = list(itertools.product(options.seeds, range(len(rows))))
-    for seed, i in tqdm(work, "cells"):
+    found, work = {}, []
+    for seed in options.seeds:
         here = out / str(seed)
         here.mkdir(exist_ok=True)
-        row = TABLES[options.table](here, seed, options)[i]
+        rows = TABLES[options.table](here, seed, options)
+        work += [(here, seed, row) for row in rows if options.only in row[0]]
+    for here, seed, row in tqdm(work, "cells"):
         file = here / f"{row[0].replace(' ', '_')}.json"
-        if options.only not in row[0]:
-            continue
         if not file.exists():
-            if options.table == "1":
+            if options.table in ("1", "2", "algorithm1", "4"):
                 stand_in(here, seed, options)
             file.write_text(json.dumps(cell(here, row, options)))
         found.setdefault(row[0], []).append(json.loads(file.read_text()))

@@ -3,7 +3,7 @@ import argparse
 import json
 import multiprocessing
 import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import data
-from conftest import ROOT
+from conftest import ROOT, command
 from data import BadRow, Comparisons, Order, encode_row, parse_row, read_comparisons, synthetic, write_comparisons
 from model import Comparison, encode
 
@@ -351,11 +351,19 @@ def test_a_wrong_command_is_one_line(arguments, words, tmp_path, monkeypatch):
     assert not os.listdir(tmp_path)
 
 
-def test_the_script_ends_with_one_line_and_shows_rows_to_a_terminal_that_knows_ascii_only(tmp_path):
-    folder = folder_of(tmp_path, GOOD | {"prompt": "Ein Käse?", "responses": ["Gewiß", "日本"]})
-    runs = [subprocess.Popen([sys.executable, ROOT / "data.py", *arguments], text=True, stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE, env=os.environ | {"PYTHONIOENCODING": "ascii"})
-            for arguments in (["nonsense"], ["show", str(folder)])]
-    (_, failed), (said, _) = (run.communicate() for run in runs)
-    assert [run.returncode for run in runs] == [1, 0]
-    assert failed.startswith("data.py: ") and failed.count("\n") == 1 and "\\u65e5" in said
+@command
+def show_in_ascii(folder, backbones):
+    row = GOOD | {"prompt": "Ein Käse?", "responses": ["Gewiß", "日本"]}
+    return ["env", "PYTHONIOENCODING=ascii", sys.executable, "data.py", "show", folder_of(folder, row)]
+
+
+def test_rows_are_shown_to_a_terminal_that_knows_ascii_only(show_in_ascii):
+    _, run = show_in_ascii
+    assert run.returncode == 0 and "\\u65e5" in run.stdout, run.stderr
+
+
+def test_the_script_ends_with_one_line(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["data.py", "nonsense"])
+    with pytest.raises(SystemExit) as end:  # Python prints its text and ends with status 1
+        runpy.run_path(str(ROOT / "data.py"), run_name="__main__")
+    assert end.value.code.startswith("data.py: unknown data set") and "\n" not in end.value.code

@@ -2,7 +2,6 @@
 import io
 import json
 import math
-import os
 import re
 import shutil
 import subprocess
@@ -17,7 +16,7 @@ from PIL import Image
 import data
 import evaluate
 import train
-from conftest import ROOT
+from conftest import ROOT, TORCHRUN, command
 from data import BENCHMARKS, BadRow, synthetic, write_comparisons
 from evaluate import (ALL, METRICS, NOTES, PUBLISHED, SECTIONS, Config, averages, controls, figures, leave, length_correlation, main,
                       markdown, metrics, page, summarise, tables, weigh)
@@ -256,19 +255,28 @@ def test_the_default_set_is_drawn_as_the_one_that_training_holds_out():
 # Models
 
 
+def save_model(folder, backbone):
+    torch.manual_seed(0)
+    RewardModel.from_backbone(backbone).save_pretrained(folder)
+    return folder
+
+
+def draw_forty(folder):
+    return write_comparisons(folder, synthetic(40, seed=3), bar=False)
+
+
 @pytest.fixture(scope="module")
 def models(backbones, tmp_path_factory):
     """Saved reward models that were not trained: one that sees, and one that reads text only."""
     root = tmp_path_factory.mktemp("models")
-    for name, kind in (("eyes", "qwen2_5_vl"), ("text", "qwen3")):
-        torch.manual_seed(len(name))
-        RewardModel.from_backbone(backbones(kind)).save_pretrained(root / name)
+    save_model(root / "eyes", backbones())
+    save_model(root / "text", backbones("qwen3"))
     return root
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return write_comparisons(tmp_path_factory.mktemp("data") / "drawn", synthetic(40, seed=3), bar=False)
+    return draw_forty(tmp_path_factory.mktemp("data") / "drawn")
 
 
 @pytest.fixture(scope="module")
@@ -356,15 +364,17 @@ def test_incomplete_predictions_are_refused_in_one_line(key, tmp_path):
     assert list(evaluate.rescored(Config(rescore=[str(file)]))) == [(tmp_path, facts, [row], None)]
 
 
-def test_two_ranks_give_the_predictions_of_one(scored, models, folder, tmp_path):
+@command
+def two_ranks_of_evaluate(folder, backbones):
+    model, drawn = save_model(folder / "eyes", backbones()), draw_forty(folder / "drawn")
+    return [*TORCHRUN, "evaluate.py", "--model", model, "--data", drawn, "--out", folder / "out", "--no_probe"]
+
+
+def test_two_ranks_give_the_predictions_of_one(scored, two_ranks_of_evaluate):
     """Real torchrun over gloo. A chunk's packs do not depend on who scores them, so what is left is the rounding of threaded sums."""
-    out, summary, rows = scored
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29541",
-                           "evaluate.py", "--model", str(models / "eyes"), "--data", str(folder), "--out", str(tmp_path),
-                           "--no_probe"], cwd=ROOT, env=env, capture_output=True, text=True)
+    (*_, rows), (folder, done) = scored, two_ranks_of_evaluate
     assert done.returncode == 0, done.stderr[-2000:]
-    facts, *again = [json.loads(line) for line in (tmp_path / "drawn" / "predictions.jsonl").read_text().splitlines()]
+    facts, *again = [json.loads(line) for line in (folder / "out" / "drawn" / "predictions.jsonl").read_text().splitlines()]
     assert facts["ranks"] == 2 and facts["command"].startswith("torchrun --nproc_per_node 2 evaluate.py --model")
     for a, b in zip(rows, again, strict=True):
         assert b.pop("rewards") == pytest.approx(a["rewards"], abs=1e-5)

@@ -16,22 +16,26 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import train
-from conftest import ROOT
+from conftest import ROOT, TORCHRUN, command
 from data import BadRow, Comparison, Order, read_comparisons, synthetic, write_comparisons
 from model import RewardModel
 from train import Config, learning_rate, main, open_data, score_over_ranks, start_processes
 from two_ranks import gradient, stop_after
 
 
-@pytest.fixture(scope="module")
-def drawn(tmp_path_factory):
+def draw(folder):
     """24 drawn comparisons, laid so that of the first step's rows the first of two ranks gets those with an image, the
     second those without."""
     visual, text = ([c for c in synthetic(200) if bool(c.images) == kind][:12] for kind in (True, False))
     rows = [None] * 24
     for place, (_, row) in enumerate(Order([[1] * 24], [1.0], batch_size=64, seed=0).step(0)):
         rows[row] = (text if place % 2 else visual)[place // 2]
-    return write_comparisons(tmp_path_factory.mktemp("train") / "drawn", rows, bar=False)
+    return write_comparisons(folder, rows, bar=False)
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    return draw(tmp_path_factory.mktemp("train") / "drawn")
 
 
 @pytest.fixture
@@ -92,19 +96,20 @@ def test_a_step_does_not_depend_on_how_its_pairs_fall_into_packs(backbones, draw
     assert parts_sums.tolist() == pytest.approx(whole_sums.tolist(), rel=1e-5)
 
 
-@pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory, backbones, drawn):
+@command
+def two_ranks_of_train(folder, backbones):
     """All that needs two processes, in one torchrun; what test_train.py compares with it is done by one."""
-    here = tmp_path_factory.mktemp("two")
-    cfg = small_run(backbones(), drawn, here / "one")
-    told = {"backbone": str(backbones()), "drawn": str(drawn), "config": asdict(cfg)}
-    (here / "settings.json").write_text(json.dumps(told))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.run([*command, "tests/two_ranks.py", here], capture_output=True, text=True, timeout=100, cwd=ROOT,
-                         env=environment)
+    told = {"backbone": str(backbones()), "drawn": str(draw(folder / "drawn"))}
+    told["config"] = asdict(small_run(backbones(), folder / "drawn", folder / "one"))
+    (folder / "settings.json").write_text(json.dumps(told))
+    return [*TORCHRUN, "tests/two_ranks.py", folder]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(two_ranks_of_train, backbones):
+    here, run = two_ranks_of_train
     assert run.returncode == 0, run.stderr[-3000:]
-    assert main(cfg) == 0
+    assert main(small_run(backbones(), here / "drawn", here / "one")) == 0
     return here, torch.load(here / "results.pt", weights_only=True), run.stdout, run.stderr
 
 
@@ -248,7 +253,7 @@ def test_the_loss_of_a_rank_is_one_line_and_the_last_word_of_the_others(two_rank
 def test_signals_are_noted_in_the_loop_and_end_the_process_at_once_outside_of_it():
     """And a SIGHUP that nohup has the process ignore stays ignored."""
     numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
-    before = [signal.getsignal(number) for number in numbers]
+    before = [signal.signal(number, signal.default_int_handler) for number in numbers]  # a shell's `&` ignores SIGINT
     with train.stop_signals() as told:
         assert told.number == 0
         signal.raise_signal(signal.SIGTERM)
@@ -256,12 +261,13 @@ def test_signals_are_noted_in_the_loop_and_end_the_process_at_once_outside_of_it
         signal.raise_signal(signal.SIGINT)
         assert told.number == signal.SIGINT
         assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL  # a second one ends it
-    assert [signal.getsignal(number) for number in numbers] == before
+    assert [signal.getsignal(number) for number in numbers] == [signal.default_int_handler] * 3
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with train.stop_signals() as told:
         signal.raise_signal(signal.SIGHUP)
         assert told.number == 0
-    signal.signal(signal.SIGHUP, before[1])
+    for number, handler in zip(numbers, before):
+        signal.signal(number, handler)
 
 
 def test_a_full_disk_stops_the_run_in_one_line_and_leaves_the_checkpoint_before(cfg, monkeypatch):

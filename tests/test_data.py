@@ -1,5 +1,6 @@
 """Rows, folders, the order of the steps and the drawn pictures, in the order of data.py."""
 import argparse
+import io
 import json
 import multiprocessing
 import os
@@ -11,7 +12,7 @@ import pytest
 from PIL import Image
 
 import data
-from conftest import ROOT, command
+from conftest import ROOT
 from data import BadRow, Comparisons, Order, encode_row, parse_row, read_comparisons, synthetic, write_comparisons
 from model import Comparison, encode
 
@@ -351,19 +352,21 @@ def test_a_wrong_command_is_one_line(arguments, words, tmp_path, monkeypatch):
     assert not os.listdir(tmp_path)
 
 
-@command
-def show_in_ascii(folder, backbones):
-    row = GOOD | {"prompt": "Ein Käse?", "responses": ["Gewiß", "日本"]}
-    return ["env", "PYTHONIOENCODING=ascii", sys.executable, "data.py", "show", folder_of(folder, row)]
-
-
-def test_rows_are_shown_to_a_terminal_that_knows_ascii_only(show_in_ascii):
-    _, run = show_in_ascii
-    assert run.returncode == 0 and "\\u65e5" in run.stdout, run.stderr
-
-
-def test_the_script_ends_with_one_line(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["data.py", "nonsense"])
-    with pytest.raises(SystemExit) as end:  # Python prints its text and ends with status 1
+def run_script(*words):
+    """`python data.py WORDS` in this process, which has torch loaded already."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["data.py", *map(str, words)])
         runpy.run_path(str(ROOT / "data.py"), run_name="__main__")
+
+
+def test_the_script_ends_with_one_line():
+    with pytest.raises(SystemExit) as end:  # Python prints its text and ends with status 1
+        run_script("nonsense")
     assert end.value.code.startswith("data.py: unknown data set") and "\n" not in end.value.code
+
+
+def test_rows_are_shown_to_a_terminal_that_knows_ascii_only(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", out := io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    run_script("show", folder_of(tmp_path, GOOD | {"prompt": "Ein Käse?", "responses": ["Gewiß", "日本"]}))
+    out.seek(0)
+    assert "\\u65e5" in out.read()

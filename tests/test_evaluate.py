@@ -146,6 +146,12 @@ def test_of_many_categories_the_thirteen_largest_are_shown_and_all_are_counted()
     assert round(found["accuracy"]["value"], 2) == 99.52
 
 
+def test_of_many_categories_no_more_are_counted_than_are_shown(monkeypatch):
+    """A table of hits has a column for each, and 100,000 prompts of 1,000 categories would take 1.6 GB."""
+    monkeypatch.setattr(evaluate, "figures", lambda events, _: {group for group, _, _ in events})
+    assert len(metrics("comparisons", rows_of(*[(f"c{n}", "", 1) for n in range(50)]))) == 14
+
+
 # Published rows
 
 
@@ -317,6 +323,11 @@ def test_a_run_leaves_every_reward_with_id_category_and_rank_and_a_receipt(score
     assert text.startswith("drawn (comparisons, official grouping): 40 rows") and "95% interval" in text and "images shuffled" in text
 
 
+def test_the_rows_of_a_folder_stay_in_its_file(folder):
+    """Of which each is read when it is scored: the pictures of a benchmark fit no memory that eight ranks share."""
+    assert isinstance(evaluate.open_folder(str(folder), "stop")[2], data.Comparisons)
+
+
 def test_a_response_ranks_below_all_that_beat_it(tmp_path):
     """Of four responses the third beats the first and the last, the first beats the second."""
     c = Comparison("?", ["a", "b", "c", "d"], [(2, 0), (0, 1), (2, 1), (2, 3)])
@@ -410,6 +421,21 @@ def test_several_folders_are_scored_by_one_model_that_is_loaded_once(models, fol
 def test_the_weights_are_loaded_in_the_type_that_was_asked_for(models, few, tmp_path):
     summary, rows = run(model=[str(models / "eyes")], data=[str(few)], out=str(tmp_path), probe=False, dtype="bf16")
     assert summary["dtype"] == "bf16" and "bf16" in (tmp_path / "drawn" / "table.md").read_text()
+
+
+@pytest.mark.parametrize("device, asked, loaded", [
+    ("cuda", "auto", torch.bfloat16), ("cpu", "auto", torch.float32), ("cuda", "fp32", torch.float32)])
+def test_a_gpu_holds_the_weights_in_bf16_unless_told_otherwise(device, asked, loaded, models, few, monkeypatch):
+    """In fp32 the 7B takes 31 GB of a GPU, in bf16 15."""
+    class Loaded(Exception):
+        pass
+
+    def load(path, dtype):
+        raise Loaded(dtype)
+
+    monkeypatch.setattr(RewardModel, "from_pretrained", staticmethod(load))
+    with pytest.raises(Loaded, match=str(loaded)):
+        next(evaluate.score(Config(model=[str(models / "eyes")], data=[str(few)], dtype=asked), torch.device(device)))
 
 
 # Ensembles

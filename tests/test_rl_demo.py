@@ -398,6 +398,18 @@ def two_ranks_of_rl_demo(folder, backbones):
     return [*TORCHRUN, "tests/two_ranks_rl.py", *words]
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="what a process maps is told by Linux alone")
+def test_a_resumed_run_does_not_keep_the_checkpoint_that_it_replaces(flags, tmp_path, monkeypatch):
+    """A file that is mapped keeps its place on the disk after it is replaced."""
+    cfg = rl.Config(**flags, out=str(tmp_path / "run")).resolved()
+    with monkeypatch.context() as patch:
+        patch.setattr(rl, "stop_signals", stop_after_two_steps)
+        assert rl.main(cfg) == 128 + 15
+    mapped, real = [], rl.grpo_step
+    monkeypatch.setattr(rl, "grpo_step", lambda *a: mapped.append("checkpoint.pt" in open("/proc/self/maps").read()) or real(*a))
+    assert rl.main(replace(cfg, resume=True)) == 0 and mapped == [False] * 2
+
+
 def test_two_ranks_stopped_and_resumed_take_the_steps_of_one(whole_run, two_ranks_of_rl_demo):
     """Three prompts a step on two ranks: one has two, the other one. Sums come in another order, so the last digits of
     fp32 differ, and AdamW turns a gradient near zero into a step of up to lr: hence 2% of the distance travelled,

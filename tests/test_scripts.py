@@ -82,6 +82,22 @@ def test_a_script_imports_only_from_those_to_be_read_before_it_and_has_two_halve
     assert "Read: " in SOURCES[name].split('"""')[1] and "minutes" in SOURCES[name].split('"""')[1]
 
 
+def test_the_readme_has_the_scripts_in_the_order_of_reading_with_functions_and_minutes_as_they_are():
+    rows = re.findall(r"^\| `(\w+)\.py` \| (\d+) \| (.*) \|$", README, re.M)
+    assert [name for name, *_ in rows] == SCRIPTS
+    for name, minutes, functions in rows:
+        assert f"{minutes} minutes" in SOURCES[name].split('"""')[1], name
+        first_half = SOURCES[name].split("# First reading ends here.")[0]
+        for function in re.findall(r"`([\w.]+)`", functions):
+            assert re.search(rf"^ *(def|class) {function.split('.')[-1]}\b", first_half, re.M), f"{name}.py: {function}"
+
+
+def test_the_readme_says_where_the_scripts_do_not_run():
+    """os.pread and SIGHUP are unknown to Windows; transformers 5.23 and pillow 13 want Python 3.11."""
+    assert "os.pread" in SOURCES["data"] and "signal.SIGHUP" in SOURCES["train"]
+    assert re.search(r"Linux or macOS \(not Windows\), Python 3\.11 or newer", README)
+
+
 def commands():
     """Every command line of the README that runs one of the scripts, its continuation lines joined."""
     for line in re.sub(r"\\\n\s*", " ", README).splitlines():

@@ -1,4 +1,5 @@
 """The loop: the same step whatever the packs, micro-steps and ranks; resume; signals; bad input."""
+import copy
 import json
 import math
 import os
@@ -7,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
+from collections import Counter
 from dataclasses import asdict, replace
 from xml.etree import ElementTree
 
@@ -14,11 +17,12 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from conftest import ROOT, TORCHRUN, command
 from data import BadRow, Comparison, Order, read_comparisons, synthetic, write_comparisons
-from model import RewardModel
+from model import RewardModel, pack
 from train import Config, learning_rate, main, open_data, score_over_ranks, start_processes
 from two_ranks import gradient, stop_after
 
@@ -158,6 +162,45 @@ def test_rewards_do_not_depend_on_who_computes_them(two_ranks, drawn):
     assert sum(results["rewards"], []) == pytest.approx(sum(alone, []), abs=1e-5)
 
 
+class Questions(TorchDispatchMode):
+    """Counts where a script asks a tensor for a number: on a GPU each of them waits for all that was begun before."""
+    scripts = {str(ROOT / name) for name in ("model.py", "train.py")}
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.asked = Counter()
+        for name in ("tolist", "cpu"):  # these ask below the dispatcher
+            monkeypatch.setattr(torch.Tensor, name, self.counted(getattr(torch.Tensor, name)))
+
+    def note(self):
+        frames = (frame for frame, _ in traceback.walk_stack(None) if "/torch/" not in frame.f_code.co_filename)
+        place = next(f for f in frames if f.f_code.co_filename != __file__).f_code
+        if place.co_filename in self.scripts:
+            self.asked[place.co_name] += 1
+
+    def counted(self, method):
+        return lambda *arguments: self.note() or method(*arguments)
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        if function is torch.ops.aten._local_scalar_dense.default:  # .item(), int(), float(), bool()
+            self.note()
+        return function(*arguments, **(keywords or {}))
+
+
+def test_a_step_asks_the_device_for_no_number_until_its_end(tiny, drawn, monkeypatch):
+    """Neither the forward nor a micro-step, so that the device is never without work; one pack holds a picture."""
+    start_processes()
+    model, rows = copy.deepcopy(tiny).train(), read_comparisons(drawn)
+    packs = [pack([rows[i]], model.processor) for i in range(3)]
+    assert any(len(p.image_grid_thw) for p in packs)
+    optimizer, asked = torch.optim.SGD(model.parameters(), lr=0.0), []
+    for some in (packs[:1], packs):
+        with Questions(monkeypatch) as questions:
+            train.take_step(model, optimizer, some, packs[0], len(some), 3, Config())
+        asked.append(dict(questions.asked))
+    assert asked[0] == asked[1] and asked[0].keys() == {"take_step"} and asked[0]["take_step"] < 5
+
+
 def test_the_learning_rate_rises_and_falls():
     cfg = Config(lr=3e-6, warmup=0.1)
     rates = [learning_rate(s, 100, cfg) for s in range(100)]
@@ -172,6 +215,14 @@ def test_no_category_collides_with_the_total():
     assert train.accuracy(rows, rewards) == 0.5
     assert train.accuracy_by_category(rows, rewards) == {"accuracy": (1.0, 1), "all": (0.0, 1)}
     assert train.accuracy(rows, [None, [1.0, 0.0]]) == 1.0 and math.isnan(train.accuracy([], []))
+
+
+def test_a_job_with_more_processes_than_gpus_runs_on_the_cpu_and_its_first_line_says_so(monkeypatch, capsys):
+    train.end_processes()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert start_processes() == torch.device("cpu")
+    assert capsys.readouterr().out == "world size 1, device cpu (1 GPUs in sight)\n"
 
 
 # The run --------------------------------------------------------------------------------------------------------------
@@ -225,6 +276,17 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(cfg, tmp_path,
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
     losses = [[(row["step"], row["loss"]) for row in log_of(c.out)] for c in (cfg, part)]
     assert losses[0] == losses[1]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="what a process maps is told by Linux alone")
+def test_a_resumed_run_does_not_keep_the_checkpoint_that_it_replaces(cfg, monkeypatch):
+    """A file that is mapped keeps its place on the disk after it is replaced: 93 GB for the 7B."""
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "learning_rate", stop_after(2))
+        assert main(cfg) == 128 + signal.SIGTERM
+    mapped, real = [], train.take_step
+    monkeypatch.setattr(train, "take_step", lambda *a: mapped.append("checkpoint.pt" in open("/proc/self/maps").read()) or real(*a))
+    assert main(replace(cfg, resume=True)) == 0 and mapped == [False] * 3
 
 
 def test_after_kill_9_the_run_folder_holds_a_complete_checkpoint(cfg, monkeypatch):

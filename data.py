@@ -209,8 +209,9 @@ class Comparisons:
         with open(self.file, "rb") as stream:
             for number, line in enumerate(stream, start=1):
                 if line.strip():
-                    found = PAIRS.search(line)  # TRL's rows have no such key, and one pair
-                    table.extend((start, len(line), number, max(found[1].count(b"[") - 1, 1) if found else 1))
+                    found = PAIRS.search(line)  # TRL's rows have no such key, and one pair; prompts for RL have none
+                    pairs = found[1].count(b"[") - 1 if found else b'"chosen"' in line
+                    table.extend((start, len(line), number, max(pairs, needs_responses)))
                 start += len(line)
         if not table:
             raise BadRow(f"{self.file} holds no row; want one JSON object a line")
@@ -511,8 +512,8 @@ def from_judge(asked: str, said: str, form: re.Pattern, verdict: str, image) -> 
     ordered = responses if better[1] in ("1", "A", "first") else responses[::-1]
     return pair(MARK.sub("", question).strip(), *ordered, image)
 
-R1_FORM = re.compile(r"\[Question\]:\s*(.*?)\s*^[ \t]*#*[ \t]*\[Response 1\]:\s*(.*?)\s*^[ \t]*#*[ \t]*"
-                     r"\[Response 2\]:\s*(.*?)\s*(?:^[ \t#*\[]*Output Format.*)?\Z", re.S | re.M)
+R1_FORM = re.compile(r"\[Question\]:\s*(.*?)\s*^[ \t]*#*[ \t]*\[Response 1\]:\s*(.*?)\s*^[ \t]*#*[ \t]*\[Response 2\]:"
+                     r"\s*(.*?)\s*(?:^[ \t#*\[]*Output Format(?!.*^[ \t#*\[]*Output Format).*)?\Z", re.S | re.M)
 CRITIC_FORM = re.compile(r"Question: \[(.*?)\]\s*\n\s*(?:Response 1|Response A|The first response): \[(.*?)\]\s*\n\s*"
                          r"(?:Response 2|Response B|The second response): \[(.*)\]", re.S)
 
@@ -667,7 +668,7 @@ def vl_rewardbench(row: dict) -> dict:
     return judged(group, query, responses, [(ranks.index(0), ranks.index(1))], [image])
 
 def multimodal_rewardbench(row: dict) -> dict:
-    """facebookresearch/multimodal_rewardbench, 4,711 rows, CC BY-NC 4.0: all_data.json and images/ of its script."""
+    """facebookresearch/multimodal_rewardbench, 4,711 rows, CC BY-NC 4.0: a checkout after its download script."""
     id, text, image, better, kind = need(row, "ID", "Text", "Image", "Better", "Category")
     kinds = {"open_generation/correctness_task": "correctness", "open_generation/preference_task": "preference",
              "knowledge": "knowledge", "vqa": "VQA",
@@ -776,9 +777,9 @@ def files_of(path: Path, patterns: str) -> list[Path]:
     return files
 
 def find(folder: Path, path) -> Path | None:
-    """folder/path, or where its archive has put it: short/short/1.png or images/short/1.png for short/1.png."""
+    """folder/path, or where its archive has put it: short/, images/ or (of a checkout) data/ before short/1.png."""
     inside(folder, path)  # or ValueError
-    places = [folder / parent / path for parent in ("", path.split("/")[0], "images")]
+    places = [folder / parent / path for parent in ("", path.split("/")[0], "images", "data")]
     return next((place for place in places if place.exists()), None)
 
 def mmpr_parts(meta: Path):

@@ -329,8 +329,10 @@ def test_show_prints_rows_and_checks_them_as_training_would(tmp_path, capsys):
     for i, (row, words) in enumerate(bad):
         with pytest.raises(BadRow, match=f"comparisons.jsonl:1: .*{words}"):
             data.main(["show", str(folder_of(tmp_path / str(i), row))])
-    data.main(["show", str(folder_of(tmp_path / "prompts", {"prompt": "1 + 1?", "answer": "\x1b[31m2"}))])
-    assert "\x1b" not in capsys.readouterr().out
+    trl = {"prompt": "Which?", "chosen": "this", "rejected": "that"}
+    data.main(["show", str(folder_of(tmp_path / "prompts", {"prompt": "1 + 1?", "answer": "\x1b[31m2"}, trl, GOOD))])
+    said = capsys.readouterr().out
+    assert "\x1b" not in said and "3 comparisons, 2 pairs" in said  # a prompt for RL has none
 
 
 @pytest.mark.parametrize("arguments, words", [

@@ -164,8 +164,7 @@ def synthetic_comparison(seed: int, i: int, held_out: bool) -> Comparison:
 
 def rlaif_v(row: dict) -> dict:
     """openbmb/RLAIF-V-Dataset, 83,132 pairs, CC BY-NC 4.0. Trap: VL-RewardBench is drawn from it too; decontaminate."""
-    question, chosen, rejected, image = need(row, "question", "chosen", "rejected", "image")
-    return pair(question, chosen, rejected, image)
+    return pair(*need(row, "question", "chosen", "rejected", "image"))
 
 def need(row: dict, *names: str) -> list:
     """The named fields; "a|b" is one field with two spellings, the first that is not empty. An absent one is an error.
@@ -255,27 +254,22 @@ def encode_row(rows, i: int, processor: Processor) -> Encoded:
         raise BadRow(f"{place(rows, i)}: {error}") from None
 
 @contextlib.contextmanager
-def lock(path):
-    """While the block runs, no other process gets the lock on `path`. After a kill PATH.lock stays there: harmless."""
-    file = Path(f"{Path(path)}.lock")
+def new_folder(folder):
+    """Yields a folder to write into, which appears under its name if the block ends well. Meanwhile no other process
+    can write it. After a kill FOLDER.lock stays there: harmless."""
+    file = Path(f"{Path(folder)}.lock")
     file.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(FileLock(file, blocking=False))
         except Timeout:
-            raise BadRow(f"another process is writing {path}; wait for it or choose another --out") from None
+            raise BadRow(f"another process is writing {folder}; wait for it or choose another --out") from None
         stack.callback(file.unlink, missing_ok=True)
-        yield
-
-@contextlib.contextmanager
-def new_folder(folder):
-    """Yields a folder to write into, which appears under its name if the block ends well."""
-    with lock(folder):
         if Path(folder).exists():
             raise BadRow(f"{folder} exists already; remove it or choose another --out")
-        with replacing(folder) as partial:
-            (partial / "images").mkdir(parents=True)
-            yield partial
+        partial = stack.enter_context(replacing(folder))
+        (partial / "images").mkdir(parents=True)
+        yield partial
 
 def write_comparisons(folder, comparisons, bar: bool = True) -> Path:
     """Writes comparisons, whose images are in memory or in files, as a data folder."""
@@ -308,17 +302,14 @@ def from_json(row):
     except (ValueError, RecursionError) as error:  # not JSON, not even UTF-8, or nested thousands deep
         raise ValueError(f"malformed JSON: {error}; want one JSON object a line") from None
 
-def listed(images) -> list:
-    """Images as a list, where one may stand alone."""
-    return list(images) if isinstance(images, (list, tuple)) else [images]
-
 def fields_of(row, needs_responses: bool) -> tuple:
     """(prompt, responses, pairs, images) of a row in either layout."""
     if not isinstance(row, dict):
         raise ValueError(f"found {type(row).__name__}, want a JSON object with the keys prompt, responses, pairs")
     if row.get("video") or row.get("videos"):
         raise ValueError("a key `video` is not read; put the path of the folder of frames into `images`")
-    images = listed(row.get("images", row.get("image")) or [])
+    images = row.get("images", row.get("image")) or []
+    images = list(images) if isinstance(images, (list, tuple)) else [images]  # one may stand alone
     if "chosen" in row or "rejected" in row:
         return *from_trl(row), [(0, 1)], images
     wanted = ("prompt", "responses", "pairs") if needs_responses else ("prompt",)
@@ -816,7 +807,7 @@ ENDINGS = {b"\xff\xd8": ".jpg", b"\x89P": ".png", b"RI": ".webp", b"GI": ".gif",
 def load_image(source, folder: Path) -> tuple[str, dict[str, bytes], Image.Image]:
     """(path to name it by, {file: bytes}, first frame) of an image or a folder of frames, of which those are taken that
     the model will look at. source: bytes, base64, {bytes, path} (an Image of `datasets`), or a path in the folder.
-    All are decoded: nothing is stored that cannot be read."""
+    All are decoded: nothing is stored that cannot be read, is no regular file, or no picture."""
     source = (source.get("bytes") or source.get("path")) if isinstance(source, dict) else source
     if isinstance(source, str) and source.startswith(BASE64):
         source = base64.b64decode(source.partition(",")[2] if source.startswith("data:") else source)
@@ -825,7 +816,13 @@ def load_image(source, folder: Path) -> tuple[str, dict[str, bytes], Image.Image
             if not (found := find(folder, source)):
                 raise OSError(f"{source} is not in {folder}")
             source = found
-        frames, decoded = decode(source)
+        try:
+            frames = frames_of(source) if is_video(source) else [source]
+            decoded = open_frames(source) if is_video(source) else [open_image(source)]
+            if len({image.size for image in decoded}) > 1:
+                raise ValueError(f"the frames of {source} have different sizes")
+        except ValueError as error:
+            raise ValueError(f"broken image: {error}") from None
         encoded = [frame if isinstance(frame, bytes) else Path(frame).read_bytes() for frame in frames]
     except OSError as error:  # also a name that is too long, or a file that may not be read
         raise ValueError(f"missing image: {error}") from None
@@ -835,17 +832,6 @@ def load_image(source, folder: Path) -> tuple[str, dict[str, bytes], Image.Image
     if is_video(source):
         return name, {f"{name}/{i:02}{endings[i]}": data for i, data in enumerate(encoded)}, decoded[0]
     return name + endings[0], {name + endings[0]: encoded[0]}, decoded[0]
-
-def decode(source) -> tuple[list, list[Image.Image]]:
-    """(the frames of an image or a video, the same decoded): what is no regular file or no picture is refused."""
-    try:
-        frames = frames_of(source) if is_video(source) else [source]
-        decoded = open_frames(source) if is_video(source) else [open_image(source)]
-        if len({image.size for image in decoded}) > 1:
-            raise ValueError(f"the frames of {source} have different sizes")
-    except ValueError as error:
-        raise ValueError(f"broken image: {error}") from None
-    return frames, decoded
 
 def thumbprint(image: Image.Image) -> int:
     """64 bits that survive re-encoding and resizing: in a grey thumbnail of 9 x 8, whether a pixel's right neighbour is
@@ -919,7 +905,7 @@ def curate(item, name: str, cfg: "Config", out: Path, benchmarks) -> tuple:
     is_prompt = "answer" in made and not {"pairs", "chosen", "rejected"} & made.keys()
     if is_prompt and not str(made["answer"]).strip():
         raise ValueError("no answer: it is empty")
-    images = listed(made.get("images", made.get("image")) or [])
+    *_, images = fields_of(made, needs_responses=not is_prompt)
     made = {"id": row.get("id") or place, "source": name} | made | {"images": ["to come"] * len(images)}
     c = parse_row(made, Path(), needs_responses=not is_prompt)
     prompt = text_of_prompt(c)
@@ -938,12 +924,9 @@ def curate(item, name: str, cfg: "Config", out: Path, benchmarks) -> tuple:
 
 def in_order(function, items, workers: int):
     """(item, future of function(item)) of every item, in their order, with few of them in memory."""
-    items, threads = iter(items), ThreadPoolExecutor(workers)
-    try:
+    with ThreadPoolExecutor(workers) as threads:  # waits for all: none may write into a folder that is being removed
         while batch := list(itertools.islice(items, 32 * workers)):
             yield from [(item, threads.submit(function, item)) for item in batch]
-    finally:  # also where the reader stops in the middle: no thread may write into a folder that is being removed
-        threads.shutdown(cancel_futures=True)
 
 def convert(name: str, cfg: "Config") -> dict:
     """Converts a published set and returns the report. Rows are read in threads, since images may be to decode; what
@@ -996,11 +979,9 @@ def convert(name: str, cfg: "Config") -> dict:
             files[file].write(line)
             counts[file] += 1
             if file == "comparisons":
-                counts["prior_sets"] += is_benchmark and c.category in PRIOR_SETS
-                counts["with_images"] += bool(c.images)
-                counts["longer"] += sum(len(w) > len(l) for w, l in texts)
-                counts["shorter"] += sum(len(w) < len(l) for w, l in texts)
-                counts["pairs"] += len(c.pairs)
+                longer, shorter = sum(len(w) > len(l) for w, l in texts), sum(len(w) < len(l) for w, l in texts)
+                counts.update(pairs=len(c.pairs), longer=longer, shorter=shorter, with_images=bool(c.images),
+                              prior_sets=is_benchmark and c.category in PRIOR_SETS)
                 responses[len(c.responses)] += 1
                 prompt_tokens[length] += 1
                 response_tokens[longest] += 1

@@ -187,7 +187,7 @@ def test_two_processes_do_not_write_one_folder(tmp_path):
 def test_a_lock_ends_with_the_process_that_held_it(tmp_path):
     """However it was ended: the file that it leaves keeps nobody out."""
     def hold(ready):
-        with data.lock(tmp_path / "out"):
+        with data.new_folder(tmp_path / "out"):
             ready.set()
             multiprocessing.Event().wait(60)
 
@@ -196,12 +196,12 @@ def test_a_lock_ends_with_the_process_that_held_it(tmp_path):
     child = fork.Process(target=hold, args=(ready,))
     child.start()
     assert ready.wait(30)
-    with pytest.raises(BadRow, match="another process"), data.lock(tmp_path / "out"):
+    with pytest.raises(BadRow, match="another process"), data.new_folder(tmp_path / "out"):
         pass
     child.kill()
     child.join()
     assert (tmp_path / "out.lock").exists()
-    with data.lock(tmp_path / "out"):
+    with data.new_folder(tmp_path / "out"):
         pass
     assert not (tmp_path / "out.lock").exists()
 

@@ -168,8 +168,7 @@ def synthetic_comparison(seed: int, i: int, held_out: bool) -> Comparison:
 
 def rlaif_v(row: dict) -> dict:
     """openbmb/RLAIF-V-Dataset, 83,132 pairs, CC BY-NC 4.0. Trap: VL-RewardBench is drawn from it too; decontaminate."""
-    question, chosen, rejected, image = need(row, "question", "chosen", "rejected", "image")
-    return pair(question, chosen, rejected, image)
+    return pair(*need(row, "question", "chosen", "rejected", "image"))
 
 def need(row: dict, *names: str) -> list:
     """The named fields; "a|b" is one field with two spellings, the first that is not empty. An absent one is an error.
@@ -213,8 +212,9 @@ class Comparisons:
         with open(self.file, "rb") as stream:
             for number, line in enumerate(stream, start=1):
                 if line.strip():
-                    found = PAIRS.search(line)  # TRL's rows have no such key, and one pair
-                    table.extend((start, len(line), number, max(found[1].count(b"[") - 1, 1) if found else 1))
+                    found = PAIRS.search(line)  # TRL's rows have no such key, and one pair; prompts for RL have none
+                    pairs = found[1].count(b"[") - 1 if found else b'"chosen"' in line
+                    table.extend((start, len(line), number, max(pairs, needs_responses)))
                 start += len(line)
         if not table:
             raise BadRow(f"{self.file} holds no row; want one JSON object a line")
@@ -262,27 +262,22 @@ def encode_row(rows, i: int, processor: Processor) -> Encoded:
     return use_row(rows, i, functools.partial(encode, processor=processor))
 
 @contextlib.contextmanager
-def lock(path):
-    """While the block runs, no other process gets the lock on `path`. After a kill PATH.lock stays there: harmless."""
-    file = Path(f"{Path(path)}.lock")
+def new_folder(folder):
+    """Yields a folder to write into, which appears under its name if the block ends well. Meanwhile no other process
+    can write it. After a kill FOLDER.lock stays there: harmless."""
+    file = Path(f"{Path(folder)}.lock")
     file.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(FileLock(file, blocking=False))
         except Timeout:
-            raise BadRow(f"another process is writing {path}; wait for it or choose another --out") from None
+            raise BadRow(f"another process is writing {folder}; wait for it or choose another --out") from None
         stack.callback(file.unlink, missing_ok=True)
-        yield
-
-@contextlib.contextmanager
-def new_folder(folder):
-    """Yields a folder to write into, which appears under its name if the block ends well."""
-    with lock(folder):
         if Path(folder).exists():
             raise BadRow(f"{folder} exists already; remove it or choose another --out")
-        with replacing(folder) as partial:
-            (partial / "images").mkdir(parents=True)
-            yield partial
+        partial = stack.enter_context(replacing(folder))
+        (partial / "images").mkdir(parents=True)
+        yield partial
 
 def write_comparisons(folder, comparisons, bar: bool = True) -> Path:
     """Writes comparisons, whose images are in memory or in files, as a data folder."""
@@ -315,17 +310,14 @@ def from_json(row):
     except (ValueError, RecursionError) as error:  # not JSON, not even UTF-8, or nested thousands deep
         raise ValueError(f"malformed JSON: {error}; want one JSON object a line") from None
 
-def listed(images) -> list:
-    """Images as a list, where one may stand alone."""
-    return list(images) if isinstance(images, (list, tuple)) else [images]
-
 def fields_of(row, needs_responses: bool) -> tuple:
     """(prompt, responses, pairs, images) of a row in either layout."""
     if not isinstance(row, dict):
         raise ValueError(f"found {type(row).__name__}, want a JSON object with the keys prompt, responses, pairs")
     if row.get("video") or row.get("videos"):
         raise ValueError("a key `video` is not read; put the path of the folder of frames into `images`")
-    images = listed(row.get("images", row.get("image")) or [])
+    images = row.get("images", row.get("image")) or []
+    images = list(images) if isinstance(images, (list, tuple)) else [images]  # one may stand alone
     if "chosen" in row or "rejected" in row:
         return *from_trl(row), [(0, 1)], images
     wanted = ("prompt", "responses", "pairs") if needs_responses else ("prompt",)
@@ -519,8 +511,8 @@ def from_judge(asked: str, said: str, form: re.Pattern, verdict: str, image) -> 
     ordered = responses if better[1] in ("1", "A", "first") else responses[::-1]
     return pair(MARK.sub("", question).strip(), *ordered, image)
 
-R1_FORM = re.compile(r"\[Question\]:\s*(.*?)\s*^[ \t]*#*[ \t]*\[Response 1\]:\s*(.*?)\s*^[ \t]*#*[ \t]*"
-                     r"\[Response 2\]:\s*(.*?)\s*(?:^[ \t#*\[]*Output Format.*)?\Z", re.S | re.M)
+R1_FORM = re.compile(r"\[Question\]:\s*(.*?)\s*^[ \t]*#*[ \t]*\[Response 1\]:\s*(.*?)\s*^[ \t]*#*[ \t]*\[Response 2\]:"
+                     r"\s*(.*?)\s*(?:^[ \t#*\[]*Output Format(?!.*^[ \t#*\[]*Output Format).*)?\Z", re.S | re.M)
 CRITIC_FORM = re.compile(r"Question: \[(.*?)\]\s*\n\s*(?:Response 1|Response A|The first response): \[(.*?)\]\s*\n\s*"
                          r"(?:Response 2|Response B|The second response): \[(.*)\]", re.S)
 
@@ -675,7 +667,7 @@ def vl_rewardbench(row: dict) -> dict:
     return judged(group, query, responses, [(ranks.index(0), ranks.index(1))], [image])
 
 def multimodal_rewardbench(row: dict) -> dict:
-    """facebookresearch/multimodal_rewardbench, 4,711 rows, CC BY-NC 4.0: all_data.json and images/ of its script."""
+    """facebookresearch/multimodal_rewardbench, 4,711 rows, CC BY-NC 4.0: a checkout after its download script."""
     id, text, image, better, kind = need(row, "ID", "Text", "Image", "Better", "Category")
     kinds = {"open_generation/correctness_task": "correctness", "open_generation/preference_task": "preference",
              "knowledge": "knowledge", "vqa": "VQA",
@@ -784,9 +776,9 @@ def files_of(path: Path, patterns: str) -> list[Path]:
     return files
 
 def find(folder: Path, path) -> Path | None:
-    """folder/path, or where its archive has put it: short/short/1.png or images/short/1.png for short/1.png."""
+    """folder/path, or where its archive has put it: short/, images/ or (of a checkout) data/ before short/1.png."""
     inside(folder, path)  # or ValueError
-    places = [folder / parent / path for parent in ("", path.split("/")[0], "images")]
+    places = [folder / parent / path for parent in ("", path.split("/")[0], "images", "data")]
     return next((place for place in places if place.exists()), None)
 
 def mmpr_parts(meta: Path):
@@ -823,7 +815,7 @@ ENDINGS = {b"\xff\xd8": ".jpg", b"\x89P": ".png", b"RI": ".webp", b"GI": ".gif",
 def load_image(source, folder: Path) -> tuple[str, dict[str, bytes], Image.Image]:
     """(path to name it by, {file: bytes}, first frame) of an image or a folder of frames, of which those are taken that
     the model will look at. source: bytes, base64, {bytes, path} (an Image of `datasets`), or a path in the folder.
-    All are decoded: nothing is stored that cannot be read."""
+    All are decoded: nothing is stored that cannot be read, is no regular file, or no picture."""
     source = (source.get("bytes") or source.get("path")) if isinstance(source, dict) else source
     if isinstance(source, str) and source.startswith(BASE64):
         source = base64.b64decode(source.partition(",")[2] if source.startswith("data:") else source)
@@ -832,7 +824,13 @@ def load_image(source, folder: Path) -> tuple[str, dict[str, bytes], Image.Image
             if not (found := find(folder, source)):
                 raise OSError(f"{source} is not in {folder}")
             source = found
-        frames, decoded = decode(source)
+        try:
+            frames = frames_of(source) if is_video(source) else [source]
+            decoded = open_frames(source) if is_video(source) else [open_image(source)]
+            if len({image.size for image in decoded}) > 1:
+                raise ValueError(f"the frames of {source} have different sizes")
+        except ValueError as error:
+            raise ValueError(f"broken image: {error}") from None
         encoded = [frame if isinstance(frame, bytes) else Path(frame).read_bytes() for frame in frames]
     except OSError as error:  # also a name that is too long, or a file that may not be read
         raise ValueError(f"missing image: {error}") from None
@@ -842,17 +840,6 @@ def load_image(source, folder: Path) -> tuple[str, dict[str, bytes], Image.Image
     if is_video(source):
         return name, {f"{name}/{i:02}{endings[i]}": data for i, data in enumerate(encoded)}, decoded[0]
     return name + endings[0], {name + endings[0]: encoded[0]}, decoded[0]
-
-def decode(source) -> tuple[list, list[Image.Image]]:
-    """(the frames of an image or a video, the same decoded): what is no regular file or no picture is refused."""
-    try:
-        frames = frames_of(source) if is_video(source) else [source]
-        decoded = open_frames(source) if is_video(source) else [open_image(source)]
-        if len({image.size for image in decoded}) > 1:
-            raise ValueError(f"the frames of {source} have different sizes")
-    except ValueError as error:
-        raise ValueError(f"broken image: {error}") from None
-    return frames, decoded
 
 def thumbprint(image: Image.Image) -> int:
     """64 bits that survive re-encoding and resizing: in a grey thumbnail of 9 x 8, whether a pixel's right neighbour is
@@ -926,7 +913,7 @@ def curate(item, name: str, cfg: "Config", out: Path, benchmarks) -> tuple:
     is_prompt = "answer" in made and not {"pairs", "chosen", "rejected"} & made.keys()
     if is_prompt and not str(made["answer"]).strip():
         raise ValueError("no answer: it is empty")
-    images = listed(made.get("images", made.get("image")) or [])
+    *_, images = fields_of(made, needs_responses=not is_prompt)
     made = {"id": row.get("id") or place, "source": name} | made | {"images": ["to come"] * len(images)}
     c = parse_row(made, Path(), needs_responses=not is_prompt)
     prompt = text_of_prompt(c)
@@ -945,12 +932,9 @@ def curate(item, name: str, cfg: "Config", out: Path, benchmarks) -> tuple:
 
 def in_order(function, items, workers: int):
     """(item, future of function(item)) of every item, in their order, with few of them in memory."""
-    items, threads = iter(items), ThreadPoolExecutor(workers)
-    try:
+    with ThreadPoolExecutor(workers) as threads:  # waits for all: none may write into a folder that is being removed
         while batch := list(itertools.islice(items, 32 * workers)):
             yield from [(item, threads.submit(function, item)) for item in batch]
-    finally:  # also where the reader stops in the middle: no thread may write into a folder that is being removed
-        threads.shutdown(cancel_futures=True)
 
 def convert(name: str, cfg: "Config") -> dict:
     """Converts a published set and returns the report. Rows are read in threads, since images may be to decode; what
@@ -1003,11 +987,9 @@ def convert(name: str, cfg: "Config") -> dict:
             files[file].write(line)
             counts[file] += 1
             if file == "comparisons":
-                counts["prior_sets"] += is_benchmark and c.category in PRIOR_SETS
-                counts["with_images"] += bool(c.images)
-                counts["longer"] += sum(len(w) > len(l) for w, l in texts)
-                counts["shorter"] += sum(len(w) < len(l) for w, l in texts)
-                counts["pairs"] += len(c.pairs)
+                longer, shorter = sum(len(w) > len(l) for w, l in texts), sum(len(w) < len(l) for w, l in texts)
+                counts.update(pairs=len(c.pairs), longer=longer, shorter=shorter, with_images=bool(c.images),
+                              prior_sets=is_benchmark and c.category in PRIOR_SETS)
                 responses[len(c.responses)] += 1
                 prompt_tokens[length] += 1
                 response_tokens[longest] += 1

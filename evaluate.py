@@ -79,8 +79,7 @@ def vl_rewardbench(share) -> dict:
     """Overall counts every pair alike, macro every group.
 
     >>> vl_rewardbench({"general": 1, "hallucination": 0.5, "reasoning": 0, ALL: 0.8})["macro"]
-    0.5
-    """
+    0.5"""
     groups = {name: share[name] for name in ("general", "hallucination", "reasoning")}
     return groups | {"overall": share[ALL], "macro": sum(groups.values()) / 3}
 
@@ -89,8 +88,7 @@ def mm_rlhf_rewardbench(share) -> dict:
 
     >>> row = {"id": "a", "category": "mcq", "prompt": 0, "pairs": [(0, 1), (0, 2)], "rewards": [2.0, 1.0, 3.0]}
     >>> list(whole_ids([row]))  # one of its two pairs is right: 1 of 2 for Acc, 0 of 1 for Acc+
-    [('mcq+', 0, False), ('Acc+', 0, False)]
-    """
+    [('mcq+', 0, False), ('Acc+', 0, False)]"""
     names = ("mcq", "long", "short", "safety", "video")
     whole = {f"{name}+": share[f"{name}+"] for name in names}
     return {name: share[name] for name in names} | {"Acc": share[ALL], "Acc+": share["Acc+"]} | whole
@@ -100,8 +98,7 @@ def rm_bench(share) -> dict:
 
     >>> levels = {"easy": 1, "normal": 0.5, "hard": 0}
     >>> rm_bench({(d, level): levels[level] for d in DOMAINS for level in levels})["overall"]
-    0.5
-    """
+    0.5"""
     levels = ("easy", "normal", "hard")
     domains = {d: sum(share[d, level] for level in levels) / 3 for d in DOMAINS}
     by_level = {level: sum(share[d, level] for d in DOMAINS) / 4 for level in levels}
@@ -149,8 +146,7 @@ def multimodal_rewardbench(share) -> dict:
 
     >>> shares = dict.fromkeys(["safety/bias", "safety/toxicity", ALL, *SEVEN], 1)
     >>> multimodal_rewardbench(shares | {"coding": 0.3})["mean of 7"]
-    0.9
-    """
+    0.9"""
     seven = {name: share[name] for name in SEVEN}
     parts = {"bias": share["safety/bias"], "toxicity": share["safety/toxicity"]}
     return {"overall": share[ALL]} | seven | {"mean of 7": sum(seven.values()) / 7} | parts
@@ -160,8 +156,7 @@ def rewardbench(share) -> dict:
 
     >>> right = {subset: 1 for weights in SECTIONS.values() for subset in weights}
     >>> rewardbench(right | {"math-prm": 0})["Reasoning"]
-    0.5
-    """
+    0.5"""
     sections = {}
     for name, weights in SECTIONS.items():
         sections[name] = sum(w * share[subset] for subset, w in weights.items()) / sum(weights.values())
@@ -240,8 +235,7 @@ def figures(events, metric=dict) -> dict:
     pairs: the pairs of one prompt tend to be right or wrong together.
 
     >>> figures([("math", 7, True), ("math", 7, False), ("code", 8, True)])["math"]
-    {'value': 50.0, 'low': 50.0, 'high': 50.0, 'n': 2}
-    """
+    {'value': 50.0, 'low': 50.0, 'high': 50.0, 'n': 2}"""
     groups, prompts, cells = {}, {}, []
     for group, prompt, hit in events:
         cells.append((prompts.setdefault(prompt, len(prompts)), groups.setdefault(group, len(groups)), hit))
@@ -303,8 +297,7 @@ def weigh(rule: str, members: list[str], held: list[dict]) -> dict[str, float]:
 
     average     every member alike; the paper's best, and it needs no held-out pairs
     accuracy    a member's share of pairs with margin > 0, normalised
-    confidence  a member's mean margin, normalised; one that is wrong on average gets 0
-    """
+    confidence  a member's mean margin, normalised; one that is wrong on average gets 0"""
     if len(members) < 2 or rule == "average":
         return {m: 1 / len(members) for m in members}
     scored = [row for row in held if row.get("rewards", {}).keys() >= set(members)]
@@ -539,8 +532,7 @@ def page(title: str, sections: list[dict]) -> str:
 
     A section's keys, each optional, in the order they are shown: heading; text, paragraphs; table, rows of strings;
     bold, the first cell of a row to stress; html, Markup; cards, with buttons to filter them: {category, pictures
-    (data URIs), facts, text, answers: [{name (chosen is green, rejected red), facts, text}]}; pre, a text as it is.
-    """
+    (data URIs), facts, text, answers: [{name (chosen is green, rejected red), facts, text}]}; pre, a text as it is."""
     return PAGE.render(title=title, sections=sections).encode("utf-8", "replace").decode()
 
 def thumbnails(source) -> list[str]:

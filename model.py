@@ -521,16 +521,18 @@ def cut_into_patches(source, image_processor) -> tuple[torch.Tensor, list[int]]:
     if not is_video(source):
         out = image_processor(images=[open_image(source)], return_tensors="pt")
         return out["pixel_values"], out["image_grid_thw"][0].tolist()
-    frames = open_frames(source)
-    if len({frame.size for frame in frames}) > 1:
-        raise ValueError(f"video {one_line(source)}: its frames have different sizes")
-    least = image_processor.size["shortest_edge"]
+    least, frames, sizes, patches = image_processor.size["shortest_edge"], frames_of(source), set(), []
     budget = {"shortest_edge": least, "longest_edge": max(least, image_processor.size["longest_edge"] // FRAME_SHARE)}
-    out = image_processor(images=frames + frames[-1:] * (len(frames) % 2), size=budget, return_tensors="pt")
-    _, h, w = out["image_grid_thw"][0].tolist()
-    both = out["pixel_values"].view(-1, 2, h * w, 3, 2, 14 * 14)  # (t, frame of two, patch, channel, moment, pixels)
-    patches = torch.stack([both[:, 0, :, :, 0], both[:, 1, :, :, 1]], dim=3)  # (t, patch, channel, moment, pixels)
-    return patches.reshape(-1, 3 * 2 * 14 * 14), [patches.shape[0], h, w]
+    for at in range(0, len(frames), 2):  # two at a time: 32 decoded at full size take up to a gigabyte
+        two = open_frames(frames[at:at + 2])
+        sizes |= {frame.size for frame in two}
+        if len(sizes) > 1:
+            raise ValueError(f"video {one_line(source)}: its frames have different sizes")
+        out = image_processor(images=[two[0], two[-1]], size=budget, return_tensors="pt")
+        _, h, w = out["image_grid_thw"][0].tolist()
+        both = out["pixel_values"].view(2, h * w, 3, 2, 14 * 14)  # (frame, patch, channel, moment, pixels)
+        patches.append(torch.stack([both[0, :, :, 0], both[1, :, :, 1]], dim=2))  # (patch, channel, moment, pixels)
+    return torch.cat(patches).reshape(-1, 3 * 2 * 14 * 14), [len(patches), h, w]
 
 # Attention ------------------------------------------------------------------------------------------------------------
 SMALL = 256  # tokens of a comparison up to which one call with a table is quicker than a call for each branch

@@ -1,6 +1,6 @@
 """GRPO with the reward model, and what it does to the true accuracy of a policy: BaseReward (arXiv 2509.16127), 5.4.
 
-Read: to the double line, 12 minutes; `grpo_step` is the algorithm. Before: packs, and Policy (model.py, below it).
+Read: to the double line, 15 minutes; `grpo_step` is the algorithm. Before: packs, and Policy (model.py, below it).
 
     python train.py && python rl_demo.py             a tiny policy, then four rewards: 90 s for each of the five
     torchrun --nproc_per_node 8 rl_demo.py --policy Qwen/Qwen2.5-VL-3B-Instruct --reward_model DIR --data FOLDER \\

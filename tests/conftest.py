@@ -1,6 +1,9 @@
-"""What the tests share: the scripts on the path, and one tiny reward model with random weights."""
+"""What the tests share: the scripts on the path, one tiny reward model with random weights, and commands that run beside
+the tests."""
 import os
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -40,3 +43,45 @@ def tiny(backbones):
     """A tiny Qwen2.5-VL reward model; tests that change it work on a copy."""
     torch.manual_seed(0)
     return RewardModel.from_backbone(backbones()).eval()
+
+
+COMMANDS = {}  # {name of a fixture: function(folder, backbones) that makes what its command needs and gives its words}
+
+
+def command(make):
+    """Turns such a function into a fixture: the folder, and the process when it has ended.
+
+    A test takes one core and a command whatever it likes, so all commands that the chosen tests ask for begin before the
+    first test, two at a time. What is made for them is made before, too: the random numbers of torch are shared by all
+    threads."""
+    COMMANDS[make.__name__] = make
+
+    @pytest.fixture(scope="session", name=make.__name__)
+    def ended(begun):
+        if isinstance(begun[make.__name__], Exception):
+            raise begun[make.__name__]
+        return begun[make.__name__].result()
+
+    return ended
+
+
+@pytest.fixture(scope="session", autouse=True)
+def begun(request, one_thread, tmp_path_factory, backbones):
+    """{name: future of (folder, process)}, or the error of making what the command needs."""
+    def run(folder, words):
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        words = ["nice", "-n", "10", *words]  # the tests never wait for a core; what is left over, and their pauses, is enough
+        return folder, subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+    found = dict.fromkeys(name for item in request.session.items for name in item.fixturenames if name in COMMANDS)
+    with ThreadPoolExecutor(2) as pool:
+        for name in found:
+            folder = tmp_path_factory.mktemp(name)
+            try:
+                found[name] = pool.submit(run, folder, COMMANDS[name](folder, backbones))
+            except Exception as error:  # of the tests that ask for it, not of all
+                found[name] = error
+        yield found
+
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

@@ -1,9 +1,10 @@
 """Rows, folders, the order of the steps and the drawn pictures, in the order of data.py."""
 import argparse
+import io
 import json
 import multiprocessing
 import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -186,7 +187,7 @@ def test_two_processes_do_not_write_one_folder(tmp_path):
 def test_a_lock_ends_with_the_process_that_held_it(tmp_path):
     """However it was ended: the file that it leaves keeps nobody out."""
     def hold(ready):
-        with data.lock(tmp_path / "out"):
+        with data.new_folder(tmp_path / "out"):
             ready.set()
             multiprocessing.Event().wait(60)
 
@@ -195,12 +196,12 @@ def test_a_lock_ends_with_the_process_that_held_it(tmp_path):
     child = fork.Process(target=hold, args=(ready,))
     child.start()
     assert ready.wait(30)
-    with pytest.raises(BadRow, match="another process"), data.lock(tmp_path / "out"):
+    with pytest.raises(BadRow, match="another process"), data.new_folder(tmp_path / "out"):
         pass
     child.kill()
     child.join()
     assert (tmp_path / "out.lock").exists()
-    with data.lock(tmp_path / "out"):
+    with data.new_folder(tmp_path / "out"):
         pass
     assert not (tmp_path / "out.lock").exists()
 
@@ -328,8 +329,10 @@ def test_show_prints_rows_and_checks_them_as_training_would(tmp_path, capsys):
     for i, (row, words) in enumerate(bad):
         with pytest.raises(BadRow, match=f"comparisons.jsonl:1: .*{words}"):
             data.main(["show", str(folder_of(tmp_path / str(i), row))])
-    data.main(["show", str(folder_of(tmp_path / "prompts", {"prompt": "1 + 1?", "answer": "\x1b[31m2"}))])
-    assert "\x1b" not in capsys.readouterr().out
+    trl = {"prompt": "Which?", "chosen": "this", "rejected": "that"}
+    data.main(["show", str(folder_of(tmp_path / "prompts", {"prompt": "1 + 1?", "answer": "\x1b[31m2"}, trl, GOOD))])
+    said = capsys.readouterr().out
+    assert "\x1b" not in said and "3 comparisons, 2 pairs" in said  # a prompt for RL has none
 
 
 @pytest.mark.parametrize("arguments, words", [
@@ -351,11 +354,21 @@ def test_a_wrong_command_is_one_line(arguments, words, tmp_path, monkeypatch):
     assert not os.listdir(tmp_path)
 
 
-def test_the_script_ends_with_one_line_and_shows_rows_to_a_terminal_that_knows_ascii_only(tmp_path):
-    folder = folder_of(tmp_path, GOOD | {"prompt": "Ein Käse?", "responses": ["Gewiß", "日本"]})
-    runs = [subprocess.Popen([sys.executable, ROOT / "data.py", *arguments], text=True, stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE, env=os.environ | {"PYTHONIOENCODING": "ascii"})
-            for arguments in (["nonsense"], ["show", str(folder)])]
-    (_, failed), (said, _) = (run.communicate() for run in runs)
-    assert [run.returncode for run in runs] == [1, 0]
-    assert failed.startswith("data.py: ") and failed.count("\n") == 1 and "\\u65e5" in said
+def run_script(*words):
+    """`python data.py WORDS` in this process, which has torch loaded already."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["data.py", *map(str, words)])
+        runpy.run_path(str(ROOT / "data.py"), run_name="__main__")
+
+
+def test_the_script_ends_with_one_line():
+    with pytest.raises(SystemExit) as end:  # Python prints its text and ends with status 1
+        run_script("nonsense")
+    assert end.value.code.startswith("data.py: unknown data set") and "\n" not in end.value.code
+
+
+def test_rows_are_shown_to_a_terminal_that_knows_ascii_only(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", out := io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    run_script("show", folder_of(tmp_path, GOOD | {"prompt": "Ein Käse?", "responses": ["Gewiß", "日本"]}))
+    out.seek(0)
+    assert "\\u65e5" in out.read()

@@ -2,7 +2,6 @@
 import io
 import json
 import math
-import os
 import re
 import shutil
 import subprocess
@@ -17,7 +16,7 @@ from PIL import Image
 import data
 import evaluate
 import train
-from conftest import ROOT
+from conftest import ROOT, TORCHRUN, command
 from data import BENCHMARKS, BadRow, synthetic, write_comparisons
 from evaluate import (ALL, METRICS, NOTES, PUBLISHED, SECTIONS, Config, averages, controls, figures, leave, length_correlation, main,
                       markdown, metrics, page, summarise, tables, weigh)
@@ -147,6 +146,12 @@ def test_of_many_categories_the_thirteen_largest_are_shown_and_all_are_counted()
     assert round(found["accuracy"]["value"], 2) == 99.52
 
 
+def test_of_many_categories_no_more_are_counted_than_are_shown(monkeypatch):
+    """A table of hits has a column for each, and 100,000 prompts of 1,000 categories would take 1.6 GB."""
+    monkeypatch.setattr(evaluate, "figures", lambda events, _: {group for group, _, _ in events})
+    assert len(metrics("comparisons", rows_of(*[(f"c{n}", "", 1) for n in range(50)]))) == 14
+
+
 # Published rows
 
 
@@ -256,19 +261,28 @@ def test_the_default_set_is_drawn_as_the_one_that_training_holds_out():
 # Models
 
 
+def save_model(folder, backbone):
+    torch.manual_seed(0)
+    RewardModel.from_backbone(backbone).save_pretrained(folder)
+    return folder
+
+
+def draw_forty(folder):
+    return write_comparisons(folder, synthetic(40, seed=3), bar=False)
+
+
 @pytest.fixture(scope="module")
 def models(backbones, tmp_path_factory):
     """Saved reward models that were not trained: one that sees, and one that reads text only."""
     root = tmp_path_factory.mktemp("models")
-    for name, kind in (("eyes", "qwen2_5_vl"), ("text", "qwen3")):
-        torch.manual_seed(len(name))
-        RewardModel.from_backbone(backbones(kind)).save_pretrained(root / name)
+    save_model(root / "eyes", backbones())
+    save_model(root / "text", backbones("qwen3"))
     return root
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return write_comparisons(tmp_path_factory.mktemp("data") / "drawn", synthetic(40, seed=3), bar=False)
+    return draw_forty(tmp_path_factory.mktemp("data") / "drawn")
 
 
 @pytest.fixture(scope="module")
@@ -307,6 +321,11 @@ def test_a_run_leaves_every_reward_with_id_category_and_rank_and_a_receipt(score
     assert {"command", "commit", "date", "hardware", "pairs", "torch"} <= summary.keys() and summary["dtype"] == "fp32"
     text = (out / "table.md").read_text()
     assert text.startswith("drawn (comparisons, official grouping): 40 rows") and "95% interval" in text and "images shuffled" in text
+
+
+def test_the_rows_of_a_folder_stay_in_its_file(folder):
+    """Of which each is read when it is scored: the pictures of a benchmark fit no memory that eight ranks share."""
+    assert isinstance(evaluate.open_folder(str(folder), "stop")[2], data.Comparisons)
 
 
 def test_a_response_ranks_below_all_that_beat_it(tmp_path):
@@ -356,15 +375,17 @@ def test_incomplete_predictions_are_refused_in_one_line(key, tmp_path):
     assert list(evaluate.rescored(Config(rescore=[str(file)]))) == [(tmp_path, facts, [row], None)]
 
 
-def test_two_ranks_give_the_predictions_of_one(scored, models, folder, tmp_path):
+@command
+def two_ranks_of_evaluate(folder, backbones):
+    model, drawn = save_model(folder / "eyes", backbones()), draw_forty(folder / "drawn")
+    return [*TORCHRUN, "evaluate.py", "--model", model, "--data", drawn, "--out", folder / "out", "--no_probe"]
+
+
+def test_two_ranks_give_the_predictions_of_one(scored, two_ranks_of_evaluate):
     """Real torchrun over gloo. A chunk's packs do not depend on who scores them, so what is left is the rounding of threaded sums."""
-    out, summary, rows = scored
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29541",
-                           "evaluate.py", "--model", str(models / "eyes"), "--data", str(folder), "--out", str(tmp_path),
-                           "--no_probe"], cwd=ROOT, env=env, capture_output=True, text=True)
+    (*_, rows), (folder, done) = scored, two_ranks_of_evaluate
     assert done.returncode == 0, done.stderr[-2000:]
-    facts, *again = [json.loads(line) for line in (tmp_path / "drawn" / "predictions.jsonl").read_text().splitlines()]
+    facts, *again = [json.loads(line) for line in (folder / "out" / "drawn" / "predictions.jsonl").read_text().splitlines()]
     assert facts["ranks"] == 2 and facts["command"].startswith("torchrun --nproc_per_node 2 evaluate.py --model")
     for a, b in zip(rows, again, strict=True):
         assert b.pop("rewards") == pytest.approx(a["rewards"], abs=1e-5)
@@ -400,6 +421,21 @@ def test_several_folders_are_scored_by_one_model_that_is_loaded_once(models, fol
 def test_the_weights_are_loaded_in_the_type_that_was_asked_for(models, few, tmp_path):
     summary, rows = run(model=[str(models / "eyes")], data=[str(few)], out=str(tmp_path), probe=False, dtype="bf16")
     assert summary["dtype"] == "bf16" and "bf16" in (tmp_path / "drawn" / "table.md").read_text()
+
+
+@pytest.mark.parametrize("device, asked, loaded", [
+    ("cuda", "auto", torch.bfloat16), ("cpu", "auto", torch.float32), ("cuda", "fp32", torch.float32)])
+def test_a_gpu_holds_the_weights_in_bf16_unless_told_otherwise(device, asked, loaded, models, few, monkeypatch):
+    """In fp32 the 7B takes 31 GB of a GPU, in bf16 15."""
+    class Loaded(Exception):
+        pass
+
+    def load(path, dtype):
+        raise Loaded(dtype)
+
+    monkeypatch.setattr(RewardModel, "from_pretrained", staticmethod(load))
+    with pytest.raises(Loaded, match=str(loaded)):
+        next(evaluate.score(Config(model=[str(models / "eyes")], data=[str(few)], dtype=asked), torch.device(device)))
 
 
 # Ensembles

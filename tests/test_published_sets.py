@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -156,6 +157,17 @@ def test_mm_rlhfs_archives_may_carry_a_folder_of_their_own(tmp_path):
     row = {"id": "1", "image": "short/cat.png", "prompt": "A cat?", "chosen": "Yes.", "rejected": "No."}
     write_lines(tmp_path / "in" / "dpo_pairs.jsonl", [row])
     assert convert("mm-rlhf", tmp_path / "in", tmp_path / "out")["comparisons"] == 1
+
+
+def test_only_the_judges_own_output_format_is_cut_from_response_2():
+    """The last one of R1-Reward's message. One inside a response stands in its text, whichever response it is."""
+    answers = ("Output Format: a list.\n- a", "As asked:\n\n**Output Format**\n- b\n\nDone.")
+    text = ("#### [Question]:\nWhich?\n\n#### [Response 1]:\n{}\n\n#### [Response 2]:\n{}\n\n"
+            "#### **Output Format (strictly follow):**\n<think>analysis</think><answer>1/2</answer>")
+    for first, second in (answers, answers[::-1]):
+        asked = [{"role": "user", "content": [{"type": "text", "text": text.format(first, second)}]}]
+        row = {"message": json.dumps(asked), "answer": ["<answer>2</answer>"], "image": "x.png"}
+        assert data.r1_reward(row)["responses"] == [second, first]
 
 
 def test_scores_are_compared_where_both_are_known():
@@ -541,6 +553,16 @@ def test_a_benchmark_is_a_data_set_whose_rows_all_stay(name, files, rows, catego
 def test_a_benchmark_that_is_whole_says_so(tmp_path, monkeypatch):
     monkeypatch.setitem(data.BENCHMARKS, "rm-bench", 5)
     assert benchmark("rm-bench", ["total_dataset.json"], tmp_path / "out")["benchmark"] == "5 rows, as published"
+
+
+def test_a_checkout_of_multimodal_rewardbench_is_read_from_its_root(tmp_path):
+    """Its script writes data/all_data.json, which says images/cup.png of data/images/cup.png."""
+    shutil.copytree(BENCHMARKS / "images", tmp_path / "checkout" / "data" / "images")
+    shutil.copy(BENCHMARKS / "all_data.json", tmp_path / "checkout" / "data")
+    reports = [convert("multimodal-rewardbench", tmp_path / source, tmp_path / out)
+               for source, out in (("checkout", "root"), ("checkout/data", "data"))]
+    assert reports[0]["comparisons"] == reports[1]["comparisons"] == 10
+    assert tree(tmp_path / "root" / "images") == tree(tmp_path / "data" / "images")
 
 
 def test_human_ranking_holds_the_rank_of_each_response_not_the_order_of_them(tmp_path):

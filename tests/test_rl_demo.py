@@ -3,19 +3,16 @@ change it. What a policy is and how it writes: test_model.py."""
 import copy
 import json
 import math
-import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, TEXTS
+from conftest import ROOT, TEXTS, TORCHRUN, command
 from safetensors.torch import load_file
 from transformers import HfArgumentParser
 
@@ -26,11 +23,10 @@ from train import start_processes
 from two_ranks_rl import stop_after_two_steps
 
 
-@pytest.fixture(scope="module")
-def policy_folder(tmp_path_factory):
+def teach_policy(folder):
     """A tiny policy that has seen a few answers: enough to end most of its own, so that rollouts differ in length and
     few are cut off."""
-    folder = tiny_backbone(tmp_path_factory.mktemp("policy") / "tiny", TEXTS, seed=3, width=64, vocabulary_head=True)
+    tiny_backbone(folder, TEXTS, seed=3, width=64, vocabulary_head=True)
     policy = Policy.from_pretrained(folder)
     optimizer, rows = torch.optim.AdamW(policy.parameters(), lr=3e-3), synthetic(48, seed=6)
     for step in range(12):
@@ -42,6 +38,29 @@ def policy_folder(tmp_path_factory):
     return folder
 
 
+def save_reward_model(folder, backbone):
+    """A reward model with random weights and the policy's tokenizer."""
+    torch.manual_seed(0)
+    RewardModel.from_backbone(backbone).save_pretrained(folder)
+    return folder
+
+
+def draw_prompts(folder):
+    return write_comparisons(folder, synthetic(20, seed=5), bar=False)
+
+
+def small_run(policy, reward_model, prompts):
+    """A run of four steps of three prompts each, paid by a reward model that knows nothing: quick, and every rollout
+    counts."""
+    return dict(policy=str(policy), reward_model=[str(reward_model)], data=str(prompts), reward=["model"], group_size=4,
+                batch_size=3, max_steps=4, passes=2, max_new_tokens=4, lr=1e-3, eval_size=2, pack_tokens=300)
+
+
+@pytest.fixture(scope="module")
+def policy_folder(tmp_path_factory):
+    return teach_policy(tmp_path_factory.mktemp("policy") / "tiny")
+
+
 @pytest.fixture(scope="module")
 def policy(policy_folder):
     start_processes()
@@ -49,25 +68,18 @@ def policy(policy_folder):
 
 
 @pytest.fixture(scope="module")
-def reward_folder(tiny, tmp_path_factory):
-    """The folder of a reward model with random weights and the policy's tokenizer."""
-    folder = tmp_path_factory.mktemp("reward")
-    tiny.save_pretrained(folder)
-    return folder
+def reward_folder(backbones, tmp_path_factory):
+    return save_reward_model(tmp_path_factory.mktemp("reward"), backbones())
 
 
 @pytest.fixture(scope="module")
 def prompts_folder(tmp_path_factory):
-    return write_comparisons(tmp_path_factory.mktemp("prompts") / "drawn", synthetic(20, seed=5), bar=False)
+    return draw_prompts(tmp_path_factory.mktemp("prompts") / "drawn")
 
 
 @pytest.fixture(scope="module")
 def flags(policy_folder, reward_folder, prompts_folder):
-    """A run of four steps of three prompts each, paid by a reward model that knows nothing: quick, and every rollout
-    counts."""
-    return dict(policy=str(policy_folder), reward_model=[str(reward_folder)], data=str(prompts_folder),
-                reward=["model"], group_size=4, batch_size=3, max_steps=4, passes=2, max_new_tokens=4, lr=1e-3,
-                eval_size=2, pack_tokens=300)
+    return small_run(policy_folder, reward_folder, prompts_folder)
 
 
 def run(flags, out, **changes) -> rl.Config:
@@ -376,20 +388,37 @@ def test_a_resumed_run_ends_with_the_weights_of_one_that_was_not_interrupted(who
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_two_ranks_stopped_and_resumed_take_the_steps_of_one(whole_run, flags, tmp_path):
+@command
+def two_ranks_of_rl_demo(folder, backbones):
+    made = small_run(teach_policy(folder / "policy"), save_reward_model(folder / "reward", backbones()),
+                     draw_prompts(folder / "drawn"))
+    words = []
+    for name, value in (made | {"out": folder / "two"}).items():
+        words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return [*TORCHRUN, "tests/two_ranks_rl.py", *words]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="what a process maps is told by Linux alone")
+def test_a_resumed_run_does_not_keep_the_checkpoint_that_it_replaces(flags, tmp_path, monkeypatch):
+    """A file that is mapped keeps its place on the disk after it is replaced."""
+    cfg = rl.Config(**flags, out=str(tmp_path / "run")).resolved()
+    with monkeypatch.context() as patch:
+        patch.setattr(rl, "stop_signals", stop_after_two_steps)
+        assert rl.main(cfg) == 128 + 15
+    mapped, real = [], rl.grpo_step
+    monkeypatch.setattr(rl, "grpo_step", lambda *a: mapped.append("checkpoint.pt" in open("/proc/self/maps").read()) or real(*a))
+    assert rl.main(replace(cfg, resume=True)) == 0 and mapped == [False] * 2
+
+
+def test_two_ranks_stopped_and_resumed_take_the_steps_of_one(whole_run, two_ranks_of_rl_demo):
     """Three prompts a step on two ranks: one has two, the other one. Sums come in another order, so the last digits of
     fp32 differ, and AdamW turns a gradient near zero into a step of up to lr: hence 2% of the distance travelled,
     measured over all weights together."""
-    words = []
-    for name, value in (flags | {"out": tmp_path / "two"}).items():
-        words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-                           str(ROOT / "tests" / "two_ranks_rl.py"), *words], capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    folder, done = two_ranks_of_rl_demo
     assert done.returncode == 0 and "2 steps under model are saved" in done.stderr, done.stderr[-2000:]
-    for a, b in zip(log_of(whole_run.out), log_of(tmp_path / "two"), strict=True):
+    for a, b in zip(log_of(whole_run.out), log_of(folder / "two"), strict=True):
         assert a | {"seconds": 0} == pytest.approx(b | {"seconds": 0}, rel=2e-3, abs=1e-4)
-    start, ours = load_file(Path(flags["policy"]) / "model.safetensors"), weights_of(tmp_path / "two")
+    start, ours = load_file(Path(whole_run.policy) / "model.safetensors"), weights_of(folder / "two")
     theirs = weights_of(whole_run.out)
     apart = sum((ours[name] - theirs[name]).pow(2).sum() for name in start).sqrt()
     travelled = sum((theirs[name] - start[name]).pow(2).sum() for name in start).sqrt()

@@ -1,4 +1,5 @@
 """The loop: the same step whatever the packs, micro-steps and ranks; resume; signals; bad input."""
+import copy
 import json
 import math
 import os
@@ -7,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
+from collections import Counter
 from dataclasses import asdict, replace
 from xml.etree import ElementTree
 
@@ -14,24 +17,29 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
-from conftest import ROOT
+from conftest import ROOT, TORCHRUN, command
 from data import BadRow, Comparison, Order, read_comparisons, synthetic, write_comparisons
-from model import RewardModel, Score
+from model import RewardModel, Score, pack
 from train import Config, learning_rate, main, open_data, score_over_ranks, start_processes
 from two_ranks import gradient, stop_after
 
 
-@pytest.fixture(scope="module")
-def drawn(tmp_path_factory):
+def draw(folder):
     """24 drawn comparisons, laid so that of the first step's rows the first of two ranks gets those with an image, the
     second those without."""
     visual, text = ([c for c in synthetic(200) if bool(c.images) == kind][:12] for kind in (True, False))
     rows = [None] * 24
     for place, (_, row) in enumerate(Order([[1] * 24], [1.0], batch_size=64, seed=0).step(0)):
         rows[row] = (text if place % 2 else visual)[place // 2]
-    return write_comparisons(tmp_path_factory.mktemp("train") / "drawn", rows, bar=False)
+    return write_comparisons(folder, rows, bar=False)
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    return draw(tmp_path_factory.mktemp("train") / "drawn")
 
 
 @pytest.fixture
@@ -92,19 +100,20 @@ def test_a_step_does_not_depend_on_how_its_pairs_fall_into_packs(backbones, draw
     assert parts_sums.tolist() == pytest.approx(whole_sums.tolist(), rel=1e-5)
 
 
-@pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory, backbones, drawn):
+@command
+def two_ranks_of_train(folder, backbones):
     """All that needs two processes, in one torchrun; what test_train.py compares with it is done by one."""
-    here = tmp_path_factory.mktemp("two")
-    cfg = small_run(backbones(), drawn, here / "one")
-    told = {"backbone": str(backbones()), "drawn": str(drawn), "config": asdict(cfg)}
-    (here / "settings.json").write_text(json.dumps(told))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.run([*command, "tests/two_ranks.py", here], capture_output=True, text=True, timeout=100, cwd=ROOT,
-                         env=environment)
+    told = {"backbone": str(backbones()), "drawn": str(draw(folder / "drawn"))}
+    told["config"] = asdict(small_run(backbones(), folder / "drawn", folder / "one"))
+    (folder / "settings.json").write_text(json.dumps(told))
+    return [*TORCHRUN, "tests/two_ranks.py", folder]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(two_ranks_of_train, backbones):
+    here, run = two_ranks_of_train
     assert run.returncode == 0, run.stderr[-3000:]
-    assert main(cfg) == 0
+    assert main(small_run(backbones(), here / "drawn", here / "one")) == 0
     return here, torch.load(here / "results.pt", weights_only=True), run.stdout, run.stderr
 
 
@@ -153,6 +162,45 @@ def test_rewards_do_not_depend_on_who_computes_them(two_ranks, drawn):
     assert sum(results["rewards"], []) == pytest.approx(sum(alone, []), abs=1e-5)
 
 
+class Questions(TorchDispatchMode):
+    """Counts where a script asks a tensor for a number: on a GPU each of them waits for all that was begun before."""
+    scripts = {str(ROOT / name) for name in ("model.py", "train.py")}
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.asked = Counter()
+        for name in ("tolist", "cpu"):  # these ask below the dispatcher
+            monkeypatch.setattr(torch.Tensor, name, self.counted(getattr(torch.Tensor, name)))
+
+    def note(self):
+        frames = (frame for frame, _ in traceback.walk_stack(None) if "/torch/" not in frame.f_code.co_filename)
+        place = next(f for f in frames if f.f_code.co_filename != __file__).f_code
+        if place.co_filename in self.scripts:
+            self.asked[place.co_name] += 1
+
+    def counted(self, method):
+        return lambda *arguments: self.note() or method(*arguments)
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        if function is torch.ops.aten._local_scalar_dense.default:  # .item(), int(), float(), bool()
+            self.note()
+        return function(*arguments, **(keywords or {}))
+
+
+def test_a_step_asks_the_device_for_no_number_until_its_end(tiny, drawn, monkeypatch):
+    """Neither the forward nor a micro-step, so that the device is never without work; one pack holds a picture."""
+    start_processes()
+    model, rows = copy.deepcopy(tiny).train(), read_comparisons(drawn)
+    packs = [pack([rows[i]], model.processor) for i in range(3)]
+    assert any(len(p.image_grid_thw) for p in packs)
+    optimizer, asked = torch.optim.SGD(model.parameters(), lr=0.0), []
+    for some in (packs[:1], packs):
+        with Questions(monkeypatch) as questions:
+            train.take_step(model, optimizer, some, packs[0], len(some), 3, Config())
+        asked.append(dict(questions.asked))
+    assert asked[0] == asked[1] and asked[0].keys() == {"take_step"} and asked[0]["take_step"] < 5
+
+
 def test_the_learning_rate_rises_and_falls():
     cfg = Config(lr=3e-6, warmup=0.1)
     rates = [learning_rate(s, 100, cfg) for s in range(100)]
@@ -167,6 +215,14 @@ def test_no_category_collides_with_the_total():
     assert train.accuracy(rows, rewards) == 0.5
     assert train.accuracy_by_category(rows, rewards) == {"accuracy": (1.0, 1), "all": (0.0, 1)}
     assert train.accuracy(rows, [None, Score([1.0, 0.0])]) == 1.0 and math.isnan(train.accuracy([], []))
+
+
+def test_a_job_with_more_processes_than_gpus_runs_on_the_cpu_and_its_first_line_says_so(monkeypatch, capsys):
+    train.end_processes()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert start_processes() == torch.device("cpu")
+    assert capsys.readouterr().out == "world size 1, device cpu (1 GPUs in sight)\n"
 
 
 # The run --------------------------------------------------------------------------------------------------------------
@@ -222,6 +278,17 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(cfg, tmp_path,
     assert losses[0] == losses[1]
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="what a process maps is told by Linux alone")
+def test_a_resumed_run_does_not_keep_the_checkpoint_that_it_replaces(cfg, monkeypatch):
+    """A file that is mapped keeps its place on the disk after it is replaced: 93 GB for the 7B."""
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "learning_rate", stop_after(2))
+        assert main(cfg) == 128 + signal.SIGTERM
+    mapped, real = [], train.take_step
+    monkeypatch.setattr(train, "take_step", lambda *a: mapped.append("checkpoint.pt" in open("/proc/self/maps").read()) or real(*a))
+    assert main(replace(cfg, resume=True)) == 0 and mapped == [False] * 3
+
+
 def test_after_kill_9_the_run_folder_holds_a_complete_checkpoint(cfg, monkeypatch):
     long = replace(cfg, max_steps=2000, save_every=1)
     run = subprocess.Popen([sys.executable, "train.py", *flags(long)], cwd=ROOT, stdout=subprocess.DEVNULL,
@@ -248,7 +315,7 @@ def test_the_loss_of_a_rank_is_one_line_and_the_last_word_of_the_others(two_rank
 def test_signals_are_noted_in_the_loop_and_end_the_process_at_once_outside_of_it():
     """And a SIGHUP that nohup has the process ignore stays ignored."""
     numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
-    before = [signal.getsignal(number) for number in numbers]
+    before = [signal.signal(number, signal.default_int_handler) for number in numbers]  # a shell's `&` ignores SIGINT
     with train.stop_signals() as told:
         assert told.number == 0
         signal.raise_signal(signal.SIGTERM)
@@ -256,12 +323,13 @@ def test_signals_are_noted_in_the_loop_and_end_the_process_at_once_outside_of_it
         signal.raise_signal(signal.SIGINT)
         assert told.number == signal.SIGINT
         assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL  # a second one ends it
-    assert [signal.getsignal(number) for number in numbers] == before
+    assert [signal.getsignal(number) for number in numbers] == [signal.default_int_handler] * 3
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with train.stop_signals() as told:
         signal.raise_signal(signal.SIGHUP)
         assert told.number == 0
-    signal.signal(signal.SIGHUP, before[1])
+    for number, handler in zip(numbers, before):
+        signal.signal(number, handler)
 
 
 def test_a_full_disk_stops_the_run_in_one_line_and_leaves_the_checkpoint_before(cfg, monkeypatch):

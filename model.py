@@ -797,6 +797,8 @@ def save_pretrained(model: RewardModel, directory, state_dict: dict | None = Non
         raise ValueError("the head's weights were not gathered from the ranks")
     with replacing(directory, last="reward_config.json") as partial:
         model.backbone.save_pretrained(partial, state_dict=backbone)
+        model.backbone.config.dtype = next(iter(backbone.values())).dtype  # not that of frozen weights without updates
+        model.backbone.config.save_pretrained(partial)
         save_file(head, partial / "head.safetensors")
         save_processor(model.processor, partial)
         (partial / "reward_config.json").write_text(json.dumps(model.config, indent=1) + "\n", encoding="utf-8")

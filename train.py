@@ -6,6 +6,8 @@ Read: `main` and on to the double line, 12 minutes, after Comparison, pack, pair
     torchrun train.py --data FOLDER --out runs/mine             the same tiny model on your own rows (format: data.py)
     torchrun --nproc_per_node 8 train.py --backbone Qwen/Qwen2.5-VL-7B-Instruct --shard --gradient_checkpointing \\
              --data FOLDER OTHER:2.0 --out runs/7b              the real thing; OTHER is seen twice
+    torchrun train.py --backbone Qwen/Qwen2.5-VL-3B-Instruct --lora 16 --gradient_checkpointing --pack_tokens 4096 \\
+             --data FOLDER --out runs/3b                        one card of 24 GB: updates of rank 16 in place of weights
     torchrun train.py --resume                                  goes on where a stopped run left off
 
 Into --out go the reward model (RewardModel.from_pretrained loads it), metrics.jsonl, a line a step, its picture
@@ -76,7 +78,11 @@ class Config:
     length_norm: bool = HfArg(default=False, help="Algorithm 1's division by log(length + 1) (section 4.3: it hurts)")
     freeze_vision: bool = HfArg(default=False, help="do not train vision tower and merger (paper: not given)")
     gradient_checkpointing: bool = HfArg(default=False, help="compute activations twice: less memory, a third slower")
-    shard: bool = HfArg(default=False, help="split weights and optimiser over the ranks (FSDP2); the 7B needs it")
+    lora: int = HfArg(default=0, help="train updates of this rank, not the weights: one card; 0: train all (paper)")
+    lora_vision: bool = HfArg(default=False, help="updates for the vision tower too, which --lora alone freezes")
+    shard: Literal["none", "all", "node"] = HfArg(
+        default="none", metadata={"nargs": "?", "const": "all"},
+        help="split weights and optimiser over all ranks (FSDP2; the 7B needs it), or over those of each node")
     max_pixels: int | None = HfArg(default=None, help="of an image, 28 x 28 a token; 1003520, 12544 for tiny")
     pack_tokens: int | None = HfArg(default=None, help="of a pack; longer comparisons drop; 16384, 1024 for tiny")
     on_bad_row: Literal["stop", "skip"] = HfArg(default="stop", help="stop at a row that cannot be used, or count it")
@@ -99,9 +105,9 @@ def main(cfg: Config) -> int:
     steps = order.steps(cfg.epochs) if cfg.max_steps is None else cfg.max_steps
 
     # 3  Model: raw_model computes rewards, model is the same with an exchange of gradients around it
-    raw_model = make_model(cfg, sets).to(device).train()
+    raw_model = make_model(cfg, sets, device).train()
     held = check_held_out(held, raw_model.processor, cfg.on_bad_row)
-    model = distribute(raw_model, cfg.shard, torch.bfloat16 if device.type == "cuda" else None)
+    model = distribute(raw_model, device, cfg.shard, torch.bfloat16 if device.type == "cuda" else None)
 
     # 4  Optimiser and resume
     trained = [p for p in raw_model.parameters() if p.requires_grad]
@@ -223,6 +229,7 @@ LOCK = ".run.lock"  # in a run folder while a run is under way, and after one th
 LOCKS = []  # of the run folders that this process claimed, held until it ends
 COLOURS = ("#1f5fbf", "#d2691e", "#2e8b57", "#8b3a8b", "#555555", "#b22222")  # of curves
 FULL = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered from all ranks, on the first
+TRAINED = replace(FULL, ignore_frozen_params=True)
 
 # Processes -----------------------------------------------------------------------------------------------------------
 def start_processes() -> torch.device:
@@ -263,7 +270,7 @@ def from_first(item):
     """The first rank's object, on every rank. All wait for all."""
     return gather_objects(item)[0]
 
-def distribute(model: RewardModel, shard: bool, product_dtype: torch.dtype | None):
+def distribute(model: RewardModel, device: torch.device, shard: str, product_dtype: torch.dtype | None):
     """A model whose backward pass leaves the ranks' average gradient: DDP, or with `shard` FSDP2, where each rank keeps
     1/world_size of every layer's weights, gradients and moments, all fp32, and gathers a layer when it is needed.
 
@@ -271,7 +278,8 @@ def distribute(model: RewardModel, shard: bool, product_dtype: torch.dtype | Non
     FSDP casts all weights of a layer, also those of norms, which autocast leaves alone: an update too small for bf16
     would be saved and never felt. So what is no product is gathered apart and in fp32, as are embedding and head.
     """
-    if not shard:
+    model.to(device)
+    if shard == "none":
         return DistributedDataParallel(model, gradient_as_bucket_view=True)
     mesh = dist.init_device_mesh(model.device.type, (dist.get_world_size(),))
     exact = MixedPrecisionPolicy(cast_forward_inputs=False)
@@ -309,9 +317,12 @@ def resolve(cfg: Config) -> Config:
     own = {"lr": 3e-6, "batch_size": 128, "max_pixels": 1280 * 28 * 28, "pack_tokens": 16384}
     if cfg.backbone == "tiny":
         own = {"lr": 6e-4, "batch_size": 32, "max_pixels": 112 * 112, "pack_tokens": 1024}
+    own["lr"] *= 10 if cfg.lora else 1  # see LowRank
     cfg = replace(cfg, **{name: value for name, value in own.items() if getattr(cfg, name) is None})
     check_numbers(cfg, above_zero=[*own, "epochs", "clip", "train_size", "head_layers"],
-                  not_negative=["warmup", "weight_decay", "max_steps", "eval_size", "eval_every", "save_every"])
+                  not_negative=["warmup", "weight_decay", "max_steps", "eval_size", "eval_every", "save_every", "lora"])
+    if cfg.lora_vision and (cfg.freeze_vision or not cfg.lora):
+        raise ValueError("--lora_vision trains updates in the vision tower: it needs --lora, and not --freeze_vision")
     if cfg.warmup > 1 or cfg.epochs > 1000:
         raise ValueError(f"--warmup {cfg.warmup:g} is a share, at most 1; --epochs {cfg.epochs:g}: at most 1000")
     return cfg
@@ -368,8 +379,9 @@ def check_held_out(held: list, processor, on_bad_row: str) -> list[Comparison]:
     bad = set().union(*gather_objects(bad))
     return [rows[i] for k, (rows, i) in enumerate(places) if k not in bad]
 
-def make_model(cfg: Config, sets: list) -> RewardModel:
-    """A reward model on a pretrained backbone, or on a tiny one whose vocabulary is made from the data's texts."""
+def make_model(cfg: Config, sets: list, device: torch.device) -> RewardModel:
+    """A reward model on a pretrained backbone, or on a tiny one whose vocabulary is made from the data's texts. It is
+    still on the CPU."""
     path = cfg.backbone
     if path == "tiny":
         path = Path(cfg.out) / "tiny_backbone"
@@ -377,12 +389,54 @@ def make_model(cfg: Config, sets: list) -> RewardModel:
             tiny_backbone(path, [text for rows in sets for text in texts_of(rows)], cfg.seed)
         from_first(None)  # the others wait for it
     torch.manual_seed(cfg.seed)  # every rank draws the same head
-    model = RewardModel.from_backbone(path, cfg.head_layers, cfg.head_activation, cfg.max_pixels)
+    frozen = torch.bfloat16 if cfg.lora and device.type == "cuda" else torch.float32
+    model = RewardModel.from_backbone(path, cfg.head_layers, cfg.head_activation, cfg.max_pixels, frozen)
+    if cfg.lora:
+        add_lora(model, cfg.lora, cfg.lora_vision)
     if cfg.freeze_vision and hasattr(model.backbone, "visual"):
         model.backbone.visual.requires_grad_(False)
     if cfg.gradient_checkpointing:
         recompute_activations(model.backbone)
     return model
+
+class LowRank(torch.nn.Linear):
+    """A linear layer that stays as it is and learns an update of low rank beside it (LoRA, arXiv 2106.09685):
+
+        y = W x + b + alpha / r * B A x         W (out, in) and b (out,) frozen, A (r, in) random, B (out, r) zero
+
+    so that the first step's model is the base model. A and B are r * (in + out) numbers where W has in * out: of the
+    16 bytes that a trained weight needs (itself, gradient, two moments, all fp32) W keeps two, in bf16 on a GPU. The
+    division by r lets one learning rate do for all ranks. alpha 32 is ours; that all linear layers are to have updates,
+    and not attention's alone, is QLoRA's finding (arXiv 2305.14314, section 4), and a rate ten times that of full
+    training LoRA Without Regret's (Schulman et al., 2025).
+    """
+    ALPHA = 32
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        update = torch.nn.functional.linear(torch.nn.functional.linear(x, self.lora_a), self.lora_b)
+        return super().forward(x) + self.ALPHA / len(self.lora_a) * update
+
+def add_lora(model: RewardModel, rank: int, vision: bool) -> None:
+    """Freezes the backbone, and gives the linear layers of its decoder, with `vision` of its tower too, updates in
+    fp32. The layers change their class in their place: names, dtypes and whatever holds them stay as they are."""
+    model.backbone.requires_grad_(False)
+    parts = [getattr(model.backbone, "language_model", model.backbone)]
+    for part in parts + [model.backbone.visual] * (vision and hasattr(model.backbone, "visual")):
+        for layer in [layer for layer in part.modules() if isinstance(layer, torch.nn.Linear)]:
+            a = layer.weight.new_empty(rank, layer.in_features, dtype=torch.float32)
+            b = layer.weight.new_zeros(layer.out_features, rank, dtype=torch.float32)
+            layer.__class__, bound = LowRank, layer.in_features ** -0.5  # y = A x then is about as large as x
+            layer.lora_a, layer.lora_b = torch.nn.Parameter(a.uniform_(-bound, bound)), torch.nn.Parameter(b)
+
+def merged(state: dict) -> dict:
+    """The weights of a model by name with every update added to its weight, W + alpha / r * B A, in fp32 (in bf16 small
+    updates would be rounded away): those of an ordinary model."""
+    out = {name: w.float() for name, w in state.items() if not name.endswith((".lora_a", ".lora_b"))}
+    for name, a in state.items():
+        if name.endswith(".lora_a"):
+            layer = name.removesuffix("lora_a")
+            out[f"{layer}weight"] = out[f"{layer}weight"] + LowRank.ALPHA / len(a) * state[f"{layer}lora_b"] @ a
+    return out
 
 def texts_of(rows):
     """Prompt and responses of the first rows. What is wrong with one is said when it is trained on."""
@@ -423,12 +477,12 @@ def write_text(file, text: str) -> None:
         part.write_bytes(text.encode("utf-8", "replace"))
 
 def save_checkpoint(out: Path, model, optimizer, state: dict) -> None:
-    """Writes out/checkpoint.pt; a kill at any moment leaves the one before or this one. All ranks gather, the first
-    writes. ValueError if a weight is not finite: what lies on the disk can be gone on from."""
-    parts = [p.to_local() if hasattr(p, "to_local") else p for p in model.parameters()]
+    """Writes out/checkpoint.pt, what is trained and nothing else; a kill at any moment leaves the one before or this
+    one. All ranks gather, the first writes. ValueError if a weight is not finite: what lies on the disk can be gone on from."""
+    parts = [p.to_local() if hasattr(p, "to_local") else p for p in model.parameters() if p.requires_grad]
     if not gather([all(bool(p.isfinite().all()) for p in parts)]).all():
         raise ValueError(f"weights are not finite after step {state['step']} and not saved; start anew, lower --lr")
-    state = state | {"model": dcp.get_model_state_dict(model, options=FULL),
+    state = state | {"model": dcp.get_model_state_dict(model, options=TRAINED),
                      "optimizer": dcp.get_optimizer_state_dict(model, optimizer, options=FULL)}
     if dist.get_rank() == 0:
         with replacing(out / "checkpoint.pt") as part:
@@ -448,8 +502,11 @@ def load_checkpoint(out: Path, model, optimizer, cfg: Config, rows: list[int]) -
                 raise ValueError(f"{file} was trained on {old} rows, now there are {rows}; give the same --data")
     done = from_first({"step": saved["step"], "seconds": saved.get("seconds")} if saved else {})
     if done:
-        broadcast = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        broadcast = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
         try:
+            names = {name for name, p in model.named_parameters() if p.requires_grad}
+            if saved and (other := names ^ set(saved["model"])):
+                raise ValueError(f"missing or surplus {sorted(other)[:3]}")
             dcp.set_model_state_dict(model, saved.get("model", {}), options=broadcast)
             dcp.set_optimizer_state_dict(model, optimizer, saved.get("optimizer", {}), options=broadcast)
         except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
@@ -578,7 +635,7 @@ def report(out: Path, model: RewardModel, held: list[Comparison], begun: float, 
         "bad_gradients": sum(not math.isfinite(row["grad_norm"]) for row in log),
         "parameters": sum(p.numel() for p in model.parameters()), "world_size": dist.get_world_size(),
         "seconds": round(time.time() - begun, 1)}
-    weights = dcp.get_model_state_dict(model, options=FULL)
+    weights = merged(dcp.get_model_state_dict(model, options=FULL))
     if dist.get_rank() == 0:
         model.save_pretrained(out, weights)
         draw_log(out, log)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import AutoModel
 
 import train
 from conftest import ROOT
@@ -196,7 +197,7 @@ def test_a_run_leaves_a_reward_model_its_log_and_a_summary(cfg, monkeypatch, cap
 def test_sharding_over_a_single_process_changes_nothing(cfg, tmp_path):
     alone = replace(cfg, max_steps=2, eval_data=[], eval_size=0)
     assert main(alone) == 0
-    sharded = replace(alone, out=str(tmp_path / "sharded"), shard=True)
+    sharded = replace(alone, out=str(tmp_path / "sharded"), shard="all")
     assert main(sharded) == 0
     assert relative(weights(sharded.out), weights(alone.out)) < 1e-5
     assert summary_of(alone.out)["accuracy"] is None  # nothing was held out
@@ -341,6 +342,53 @@ def test_a_run_that_never_leaves_log_2_says_so_and_exits_non_zero(cfg, tmp_path,
     assert main(replace(cfg, data=[folder], eval_data=[folder], batch_size=2, max_steps=50)) == 1
     assert "ended at log 2 or above" in capsys.readouterr().err
     assert summary_of(cfg.out)["accuracy"] == 0.5
+
+
+# LoRA -----------------------------------------------------------------------------------------------------------------
+
+def test_updates_begin_as_the_base_model_and_merge_into_an_ordinary_one(backbones, drawn, tmp_path):
+    """From weights in bf16, as on a GPU, too: they are saved in fp32, or small updates would be rounded away."""
+    rows = [*read_comparisons(drawn)]
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        model = RewardModel.from_backbone(backbones(), dtype=dtype).float().eval()
+        base = sum(model.score_many(rows), [])
+        train.add_lora(model, 4, vision=True)
+        assert sum(model.score_many(rows), []) == base
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if name.endswith("lora_b"):
+                    p.normal_(std=1e-2)
+        updated = sum(model.score_many(rows), [])
+        assert max(abs(a - b) for a, b in zip(updated, base)) > 0.01
+        for p in model.parameters():
+            p.data = p.data if p.requires_grad else p.data.to(dtype)
+        model.save_pretrained(tmp_path / "merged", train.merged(model.state_dict()))
+        alike = RewardModel.from_pretrained(tmp_path / "merged")
+        assert sum(alike.score_many(rows), []) == pytest.approx(updated, abs=1e-5)
+        assert next(AutoModel.from_pretrained(tmp_path / "merged").parameters()).dtype == torch.float32
+
+
+def test_a_run_with_lora_trains_updates_and_head_alone_and_resumes_bit_for_bit(cfg, backbones, tmp_path, monkeypatch):
+    low = replace(cfg, lora=4, gradient_checkpointing=True)
+    assert main(low) == 0
+    part = replace(low, out=str(tmp_path / "part"))
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "learning_rate", stop_after(2))
+        assert main(part) == 128 + signal.SIGTERM
+    names = set(checkpoint_of(part.out)["model"])
+    assert names == {n for n in names if n.startswith("head.") or n.endswith((".lora_a", ".lora_b"))}
+    assert len(names) == 4 + 2 * 7 * 4 and not [n for n in names if "visual" in n]
+    assert main(replace(part, resume=True)) == 0
+    whole, resumed, base = weights(low.out), weights(part.out), load_file(backbones() / "model.safetensors")
+    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+    learnt = {name for name in base if not torch.equal(whole[name], base[name])}
+    assert set(base) < set(whole) and len(learnt) == 7 * 4 and all("_proj.weight" in name for name in learnt)
+    eyes = replace(low, overwrite=True, lora_vision=True, max_steps=1)
+    assert main(eyes) == 0
+    assert any("visual" in name and not torch.equal(w, base[name]) for name, w in weights(low.out).items() if name in base)
+    assert main(replace(low, overwrite=True, freeze_vision=True, max_steps=0)) == 0
+    assert all(torch.equal(weights(low.out)[name], base[name]) for name in base)
 
 
 # The run folder -------------------------------------------------------------------------------------------------------
@@ -497,6 +545,7 @@ def test_an_over_long_comparison_is_dropped_and_counted_never_cut(cfg, tmp_path)
 
 @pytest.mark.parametrize("change, words", [
     ({"lr": 0.0}, "--lr 0.0 must be above zero"), ({"clip": math.nan}, "--clip nan"), ({"lr": math.inf}, "--lr inf"),
+    ({"lora": -1}, "--lora -1"), ({"lora_vision": True}, "needs --lora"),
     ({"lr": 1e30}, "--lr 1e[+]30"), ({"epochs": math.inf}, "--epochs inf"), ({"epochs": 1e9}, "--epochs 1e[+]09"),
     ({"warmup": math.inf}, "--warmup inf"), ({"warmup": -1.0}, "--warmup -1.0"), ({"batch_size": 10**400}, "--batch"),
     ({"data": ["nowhere"]}, "does not exist"), ({"eval_data": ["nowhere"]}, "does not exist"),

@@ -34,7 +34,7 @@ class KeepGradient:
         pass
 
 
-def gradient(backbone, folder, pack_tokens=120, shard=False):
+def gradient(backbone, folder, pack_tokens=120, shard="none"):
     """The gradient of the first step, by name, the sums of `take_step`, and (pairs, packs, images) of each rank. In
     fp64, where rounding hides no mistake: in fp32 the sums of one step, taken in another order, differ by 2e-6."""
     cfg = Config(lr=1.0, batch_size=64, pack_tokens=pack_tokens, max_pixels=112 * 112, clip=1e9)
@@ -42,9 +42,9 @@ def gradient(backbone, folder, pack_tokens=120, shard=False):
     raw = RewardModel.from_backbone(backbone).double().train()
     rows = read_comparisons(folder)
     share = load_step(0, Order([rows.pairs], [1.0], 64, 0), [rows], raw.processor, cfg)
-    if shard:
+    if shard != "none":
         recompute_activations(raw.backbone)  # the two together, as for the 7B
-    model = distribute(raw, shard, None)
+    model = distribute(raw, torch.device("cpu"), shard, None)
     counts = gather([share.pairs, len(share.packs), sum(len(p.image_grid_thw) for p in share.packs)])
     filler = pack([Comparison("?", ["a", "b"], [(0, 1)])], raw.processor)
     keep = KeepGradient(raw)
@@ -52,7 +52,7 @@ def gradient(backbone, folder, pack_tokens=120, shard=False):
     return keep.gradient, gather(sums).sum(dim=0), counts
 
 
-def rewards_in_bf16(backbone, shard: bool):
+def rewards_in_bf16(backbone, shard: str):
     """Rewards as a GPU computes them, products in bf16 and the rest in fp32, after an update of the norms' weights and
     of the embedding that bf16 could not hold."""
     torch.manual_seed(0)
@@ -63,8 +63,8 @@ def rewards_in_bf16(backbone, shard: bool):
                 p.mul_(1 + 1e-3)
     packed = pack([Comparison("What?", ["red", "blue", "green and white"])], model.processor)
     model.forward = lambda batch: model.head(hidden_states(model.backbone, batch)[batch.last_token])
-    if shard:
-        model = distribute(model, True, torch.bfloat16)
+    if shard != "none":
+        model = distribute(model, torch.device("cpu"), "all", torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         return model(packed).detach().float()
 
@@ -85,12 +85,12 @@ if __name__ == "__main__":
     told = json.loads((here / "settings.json").read_text())
     train.start_processes()
     rank = dist.get_rank()
-    results = {"steps": [gradient(told["backbone"], told["drawn"], shard=shard) for shard in (False, True)],
-               "bf16": [rewards_in_bf16(told["backbone"], shard) for shard in (False, True)]}
+    results = {"steps": [gradient(told["backbone"], told["drawn"], shard=shard) for shard in ("none", "all")],
+               "bf16": [rewards_in_bf16(told["backbone"], shard) for shard in ("none", "all")]}
     cfg = Config(**told["config"])
     status = [train.main(replace(cfg, out=str(here / "two")))]
     # Sharded, told to stop on the second rank alone, and resumed; each rank has a disk of its own
-    sharded = replace(cfg, out=str(here / f"sharded-{rank}"), shard=True, eval_every=3)
+    sharded = replace(cfg, out=str(here / f"sharded-{rank}"), shard="all", eval_every=3)
     if rank == 1:
         original, train.learning_rate = train.learning_rate, stop_after(2)
     status.append(train.main(sharded))

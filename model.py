@@ -717,6 +717,8 @@ def load(path_or_id, dtype=torch.float32, vocabulary_head: bool = False):
         kind = AutoModel
         if vocabulary_head:
             kind = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+        if torch.get_default_device().type == "meta":  # shapes alone: the numbers come from another rank
+            return kind.from_config(config, dtype=dtype, attn_implementation="branches").eval()
         model, info = kind.from_pretrained(path_or_id, config=config, dtype=dtype, attn_implementation="branches",
                                            use_safetensors=True, output_loading_info=True, trust_remote_code=False)
     except Exception as error:  # whatever a damaged or foreign checkpoint makes transformers raise

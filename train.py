@@ -7,7 +7,7 @@ Read: `main` and on to the double line, 12 minutes, after Comparison, pack, pair
     torchrun --nproc_per_node 8 train.py --backbone Qwen/Qwen2.5-VL-7B-Instruct --shard --gradient_checkpointing \\
              --data FOLDER OTHER:2.0 --out runs/7b              the real thing; OTHER is seen twice
     torchrun train.py --backbone Qwen/Qwen2.5-VL-3B-Instruct --lora 16 --gradient_checkpointing --pack_tokens 4096 \\
-             --data FOLDER --out runs/3b                        one card of 24 GB: updates of rank 16 in place of weights
+             --data FOLDER --out runs/3b                        one card of 24 GB: updates of rank 16 alone
     torchrun train.py --resume                                  goes on where a stopped run left off
 
 Into --out go the reward model (RewardModel.from_pretrained loads it), metrics.jsonl, a line a step, its picture
@@ -45,7 +45,7 @@ import filelock
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint.state_dict as dcp
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from transformers import HfArgumentParser
@@ -127,7 +127,7 @@ def main(cfg: Config) -> int:
             # What all ranks must agree upon: what to divide by, how many micro-steps to make, whether to go on
             stop = share.status or (128 + told.number if told.number else 0)  # as a shell tells of a signal
             counts = gather([share.pairs, share.tokens, share.bad_rows, share.too_long, len(share.packs), stop])
-            pairs, tokens, bad_rows, too_long = counts[:, :4].sum(dim=0).long().tolist()
+            pairs, tokens, bad_rows, too_long, packs = counts[:, :5].sum(dim=0).long().tolist()
             micro_steps, status = counts[:, 4:].amax(dim=0).long().tolist()
             if status:
                 break
@@ -137,6 +137,7 @@ def main(cfg: Config) -> int:
             loss, right, margin = (gather(sums).sum(dim=0) / max(pairs, 1)).tolist()
             row = {"step": step, "loss": loss, "accuracy": right, "margin": margin, "grad_norm": norm, "lr": lr,
                    "pairs": pairs, "tokens": tokens, "bad_rows": bad_rows, "too_long": too_long,
+                   "fillers": micro_steps * len(counts) - packs,
                    "seconds": time.time() - started, "gpu_gb": torch.cuda.max_memory_allocated() / 1e9}
             if held and cfg.eval_every and step % cfg.eval_every == 0 and step < steps:
                 row["eval_accuracy"] = examine(raw_model, held, cfg)
@@ -160,10 +161,10 @@ def main(cfg: Config) -> int:
     return status or report(out, raw_model, held, begun, cfg)
 
 def load_step(step: int, order: Order, sets: list, processor, cfg: Config) -> SimpleNamespace:
-    """This rank's share of a step, read and packed. Rank r of w takes rows r, r + w, r + 2 w ... of those that (seed,
-    step) names: none is taken twice, none is left out, and no rank need ask another."""
+    """This rank's share of a step, read and packed. Every rank deals out the rows that (seed, step) names in the same
+    way: none is taken twice, none is left out, and no rank need ask another."""
     good, bad_rows, too_long, status = [], 0, 0, 0
-    for s, i in order.step(step)[dist.get_rank()::dist.get_world_size()]:
+    for s, i in deal(order.step(step), sets)[dist.get_rank()]:
         item = encoded_or_error(sets[s], i, processor, "skip")
         if isinstance(item, BadRow):
             bad_rows += 1
@@ -230,6 +231,7 @@ LOCKS = []  # of the run folders that this process claimed, held until it ends
 COLOURS = ("#1f5fbf", "#d2691e", "#2e8b57", "#8b3a8b", "#555555", "#b22222")  # of curves
 FULL = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered from all ranks, on the first
 TRAINED = replace(FULL, ignore_frozen_params=True)
+FROM_FIRST = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
 
 # Processes -----------------------------------------------------------------------------------------------------------
 def start_processes() -> torch.device:
@@ -271,26 +273,37 @@ def from_first(item):
     return gather_objects(item)[0]
 
 def distribute(model: RewardModel, device: torch.device, shard: str, product_dtype: torch.dtype | None):
-    """A model whose backward pass leaves the ranks' average gradient: DDP, or with `shard` FSDP2, where each rank keeps
-    1/world_size of every layer's weights, gradients and moments, all fp32, and gathers a layer when it is needed.
+    """A model on its device whose backward pass leaves the ranks' average gradient: DDP, or with `shard` FSDP2, where
+    each rank keeps a part of every layer's weights, gradients and moments, all fp32, and gathers a layer when it is
+    needed. "all": 1/world_size of it. "node": as large a part as a node has ranks; every node then holds the whole, and
+    gathers without a word to the others, which it meets once a layer, to average the gradients of its parts.
 
     product_dtype: in which weights of matrix products are gathered, bf16 where autocast would cast them anyway. Trap:
     FSDP casts all weights of a layer, also those of norms, which autocast leaves alone: an update too small for bf16
     would be saved and never felt. So what is no product is gathered apart and in fp32, as are embedding and head.
+
+    Of a sharded model the first rank alone has the numbers, on its host. The layers are cut up while they hold none,
+    and then filled, a tensor at a time: no GPU ever holds more than its parts and one tensor, and no other host more.
     """
-    model.to(device)
     if shard == "none":
-        return DistributedDataParallel(model, gradient_as_bucket_view=True)
-    mesh = dist.init_device_mesh(model.device.type, (dist.get_world_size(),))
+        return DistributedDataParallel(model.to(device), gradient_as_bucket_view=True)
+    world_size, local = dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    mesh = dist.init_device_mesh(device.type, (world_size // local, local) if shard == "node" else (world_size,))
     exact = MixedPrecisionPolicy(cast_forward_inputs=False)
     products = MixedPrecisionPolicy(product_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    layers = list(getattr(model.backbone, "language_model", model.backbone).layers)
+    first = dist.get_rank() == 0
+    weights, buffers = (model.state_dict(), list(model.buffers())) if first else ({}, [])
+    layers = list(getattr(model.to("meta").backbone, "language_model", model.backbone).layers)
     for layer in layers + list(model.backbone.visual.blocks if hasattr(model.backbone, "visual") else ()):
         for part in list(layer.modules()):
             if part._parameters and not isinstance(part, torch.nn.Linear):
                 fully_shard(part, mesh=mesh, mp_policy=exact)
         fully_shard(layer, mesh=mesh, mp_policy=products)
-    return fully_shard(model, mesh=mesh, mp_policy=exact)
+    fully_shard(model, mesh=mesh, mp_policy=exact).to_empty(device=device)
+    dcp.set_model_state_dict(model, weights, options=FROM_FIRST)
+    for b, buffer in enumerate(model.buffers()):  # those of RoPE, which no state dict holds
+        dist.broadcast(buffer.copy_(buffers[b]) if first else buffer, src=0)
+    return model
 
 @contextlib.contextmanager
 def stop_signals():
@@ -361,6 +374,21 @@ def spread(n: int, rows: int) -> list[int]:
     n = min(n, rows)
     return [i * rows // n for i in range(n)]
 
+def deal(names: list[tuple[int, int]], sets: list) -> list[list[tuple[int, int]]]:
+    """The rows of a step for each rank: the longest first, each to the rank that has least. All ranks wait for the
+    slowest in every step. Long is a row of many bytes in its file, all that is known of it before it is read; where
+    that is nothing (drawn pictures), rank r of w gets every w-th.
+
+    An image counts as its name; so rows with pictures of one size are shared out by chance, as they lie.
+    """
+    hands, loads = [[] for _ in range(dist.get_world_size())], [0] * dist.get_world_size()
+    sizes = [int(sets[s].table[i, 1]) if hasattr(sets[s], "table") else 1 for s, i in names]
+    for size, name in sorted(zip(sizes, names), key=lambda both: -both[0]):
+        rank = loads.index(min(loads))
+        hands[rank].append(name)
+        loads[rank] += size
+    return hands
+
 def encoded_or_error(rows, i: int, processor, on_bad_row: str):
     """Row i as Encoded. One that cannot be used raises BadRow, or gives it back if it is to be skipped."""
     try:
@@ -381,7 +409,7 @@ def check_held_out(held: list, processor, on_bad_row: str) -> list[Comparison]:
 
 def make_model(cfg: Config, sets: list, device: torch.device) -> RewardModel:
     """A reward model on a pretrained backbone, or on a tiny one whose vocabulary is made from the data's texts. It is
-    still on the CPU."""
+    still on the host; if it is to be sharded, with its numbers on the first rank's alone: see distribute."""
     path = cfg.backbone
     if path == "tiny":
         path = Path(cfg.out) / "tiny_backbone"
@@ -390,9 +418,10 @@ def make_model(cfg: Config, sets: list, device: torch.device) -> RewardModel:
         from_first(None)  # the others wait for it
     torch.manual_seed(cfg.seed)  # every rank draws the same head
     frozen = torch.bfloat16 if cfg.lora and device.type == "cuda" else torch.float32
-    model = RewardModel.from_backbone(path, cfg.head_layers, cfg.head_activation, cfg.max_pixels, frozen)
-    if cfg.lora:
-        add_lora(model, cfg.lora, cfg.lora_vision)
+    with torch.device("meta" if cfg.shard != "none" and dist.get_rank() else "cpu"):
+        model = RewardModel.from_backbone(path, cfg.head_layers, cfg.head_activation, cfg.max_pixels, frozen)
+        if cfg.lora:
+            add_lora(model, cfg.lora, cfg.lora_vision)
     if cfg.freeze_vision and hasattr(model.backbone, "visual"):
         model.backbone.visual.requires_grad_(False)
     if cfg.gradient_checkpointing:
@@ -477,47 +506,85 @@ def write_text(file, text: str) -> None:
         part.write_bytes(text.encode("utf-8", "replace"))
 
 def save_checkpoint(out: Path, model, optimizer, state: dict) -> None:
-    """Writes out/checkpoint.pt, what is trained and nothing else; a kill at any moment leaves the one before or this
-    one. All ranks gather, the first writes. ValueError if a weight is not finite: what lies on the disk can be gone on from."""
-    parts = [p.to_local() if hasattr(p, "to_local") else p for p in model.parameters() if p.requires_grad]
-    if not gather([all(bool(p.isfinite().all()) for p in parts)]).all():
+    """Writes what is trained, and nothing else; a kill at any moment leaves the checkpoint before or this one.
+    ValueError if a weight is not finite: what lies on the disk can be gone on from.
+
+    A sharded run writes out/checkpoint-STEP, each rank its own part of every tensor, and keeps the last two; another
+    number of ranks can read it. In it are safetensors and JSON: torch's own format would be unpickled without a check.
+    Else all ranks gather and the first writes out/checkpoint.pt, also where ranks do not see each other's disks.
+    """
+    parts = {name: p.to_local() if hasattr(p, "to_local") else p for name, p in tensors_of(model, optimizer).items()}
+    if not gather([all(bool(p.isfinite().all()) for p in parts.values())]).all():
         raise ValueError(f"weights are not finite after step {state['step']} and not saved; start anew, lower --lr")
+    first, folder = dist.get_rank() == 0, out / f"checkpoint-{state['step']}"
+    if isinstance(model, FSDPModule) and all(gather_objects((out / LOCK).exists())):
+        with replacing(folder) if first else contextlib.nullcontext() as part:
+            part = from_first(part)
+            try:
+                writer = dist.checkpoint.HuggingFaceStorageWriter(part, save_distributed=True)
+                dist.checkpoint.save(tensors_of(model, optimizer), storage_writer=writer)
+            except dist.checkpoint.CheckpointException as error:
+                raise OSError(f"cannot write {folder} ({' '.join(str(error).split())[-200:]}); is the disk full?")
+            if first:
+                (part / "state.json").write_text(json.dumps(state))
+        for old in sorted(out.glob("checkpoint-*"), key=lambda old: int(old.name[11:]))[:-2] if first else ():
+            remove(old)
+        return
     state = state | {"model": dcp.get_model_state_dict(model, options=TRAINED),
                      "optimizer": dcp.get_optimizer_state_dict(model, optimizer, options=FULL)}
-    if dist.get_rank() == 0:
+    if first:
         with replacing(out / "checkpoint.pt") as part:
             torch.save(state, part)
 
+def tensors_of(model, optimizer) -> dict[str, torch.Tensor]:
+    """This rank's parts of all that is trained, by name: weights, and what AdamW keeps of each, made if not there yet.
+    Not copies: what is read into them is used."""
+    names, out = [name for name, p in model.named_parameters() if p.requires_grad], {}
+    for name, p in zip(names, optimizer.param_groups[0]["params"]):  # FSDP swaps model.parameters()
+        empty = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        optimizer.state[p] = optimizer.state.get(p) or {"step": torch.zeros((), device=p.device)} | empty
+        out |= {name: p.detach()} | {f"{name} {key}": value for key, value in optimizer.state[p].items()}
+    return out
+
 def load_checkpoint(out: Path, model, optimizer, cfg: Config, rows: list[int]) -> dict:
-    """With --resume: puts weights and optimiser back and returns step and seconds. The first rank reads and tells the
-    others, which need not see its disk. ValueError if there is nothing to go on with, or something else."""
-    file, saved = out / "checkpoint.pt", {}
+    """With --resume: puts weights and optimiser back and returns step and seconds. The first rank reads checkpoint.pt
+    and tells the others, which need not see its disk; of a folder each reads its own parts. ValueError if there is
+    nothing to go on with, or something else."""
+    saved = {}
     if cfg.resume and dist.get_rank() == 0:
         if (out / "summary.json").exists():
             raise ValueError(f"{out} holds a finished run: nothing to resume. Choose another --out, or --overwrite")
-        if file.exists():
+        files = [*out.glob("checkpoint.pt"), *out.glob("checkpoint-*/state.json")]
+        for file in sorted(files, key=lambda file: file.stat().st_mtime)[-1:]:
             saved = read_state(file, cfg, free=("out", "overwrite", "resume", "eval_data", "eval_every", "save_every",
-                                                "gradient_checkpointing", "shard", "on_bad_row"))
+                                                "gradient_checkpointing", "shard", "on_bad_row")) | {"file": file}
             if (old := saved.get("rows")) != rows:
                 raise ValueError(f"{file} was trained on {old} rows, now there are {rows}; give the same --data")
-    done = from_first({"step": saved["step"], "seconds": saved.get("seconds")} if saved else {})
+    done = from_first({"step": saved["step"], "seconds": saved.get("seconds"), "file": saved["file"]} if saved else {})
     if done:
-        broadcast = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
+        file = done.pop("file")
         try:
-            names = {name for name, p in model.named_parameters() if p.requires_grad}
-            if saved and (other := names ^ set(saved["model"])):
-                raise ValueError(f"missing or surplus {sorted(other)[:3]}")
-            dcp.set_model_state_dict(model, saved.get("model", {}), options=broadcast)
-            dcp.set_optimizer_state_dict(model, optimizer, saved.get("optimizer", {}), options=broadcast)
-        except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"{file} does not fit this model: {str(error)[:150]}") from None
+            if file.suffix == ".json":
+                reader = dist.checkpoint.HuggingFaceStorageReader(file.parent)
+                dist.checkpoint.load(tensors_of(model, optimizer), storage_reader=reader)
+            else:
+                names = {name for name, p in model.named_parameters() if p.requires_grad}
+                if saved and (other := names ^ set(saved["model"])):
+                    raise ValueError(f"missing or surplus {sorted(other)[:3]}")
+                dcp.set_model_state_dict(model, saved.get("model", {}), options=FROM_FIRST)
+                dcp.set_optimizer_state_dict(model, optimizer, saved.get("optimizer", {}), options=FROM_FIRST)
+        except (RuntimeError, LookupError, TypeError, ValueError, AttributeError, OSError,
+                dist.checkpoint.CheckpointException) as error:
+            raise ValueError(f"{file} does not fit this model: {' '.join(str(error).split())[-150:]}") from None
         say(f"going on from step {done['step']}")
     return done
 
 def read_state(file: Path, cfg, free=(), mmap=False) -> dict:
-    """A training state written by torch.save. ValueError if it cannot be read, or is of a run with other settings."""
+    """A training state written by torch.save, or a JSON file's. ValueError if it cannot be read, or is of a run with
+    other settings."""
     try:
-        saved = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+        of_json = file.suffix == ".json"
+        saved = json.loads(file.read_text()) if of_json else torch.load(file, "cpu", weights_only=True, mmap=mmap)
         saved |= {"step": int(saved["step"]), "config": dict(saved["config"])}
     except Exception as error:  # torch raises what it likes on a damaged file
         raise ValueError(f"{file} cannot be read ({str(error)[:100]}); start anew with --overwrite") from None
@@ -640,7 +707,8 @@ def report(out: Path, model: RewardModel, held: list[Comparison], begun: float, 
         model.save_pretrained(out, weights)
         draw_log(out, log)
         write_text(out / "summary.json", json.dumps(summary | {"config": asdict(cfg)}, indent=1) + "\n")
-        (out / "checkpoint.pt").unlink(missing_ok=True)
+        for old in out.glob("checkpoint[.-]*"):
+            remove(old)
     say("\n".join(f"  {name:<26}{value}" for name, value in summary.items()))
     if shuffled:
         say(f"with the images shuffled: {'one half for a model that looks' if drawn else 'what the texts alone tell'}")

@@ -27,12 +27,15 @@ from two_ranks import gradient, stop_after
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
     """24 drawn comparisons, laid so that of the first step's rows the first of two ranks gets those with an image, the
-    second those without."""
+    second those without: lines of equal length are dealt out in turn."""
     visual, text = ([c for c in synthetic(200) if bool(c.images) == kind][:12] for kind in (True, False))
     rows = [None] * 24
     for place, (_, row) in enumerate(Order([[1] * 24], [1.0], batch_size=64, seed=0).step(0)):
         rows[row] = (text if place % 2 else visual)[place // 2]
-    return write_comparisons(tmp_path_factory.mktemp("train") / "drawn", rows, bar=False)
+    folder = write_comparisons(tmp_path_factory.mktemp("train") / "drawn", rows, bar=False)
+    lines = (folder / "comparisons.jsonl").read_text().splitlines()
+    (folder / "comparisons.jsonl").write_text("".join(f"{line[:-1]:500}}}\n" for line in lines))
+    return folder
 
 
 @pytest.fixture
@@ -152,6 +155,19 @@ def test_rewards_do_not_depend_on_who_computes_them(two_ranks, drawn):
     alone = RewardModel.from_pretrained(here / "two").score_many([*read_comparisons(drawn)])
     assert [len(values) for values in results["rewards"]] == [len(values) for values in alone]
     assert sum(results["rewards"], []) == pytest.approx(sum(alone, []), abs=1e-5)
+
+
+def test_rows_are_dealt_out_by_their_length(tmp_path, monkeypatch):
+    """Each once, whatever the number of ranks, and to the rank that has least."""
+    rows = [Comparison("?", ["a" * n, "b"], [(0, 1)]) for n in (1, 900, 1, 1, 500, 500, 1, 1)]
+    sets = [read_comparisons(write_comparisons(tmp_path / "rows", rows, bar=False)), synthetic(4)]
+    names = [(0, i) for i in range(8)] + [(1, i) for i in range(4)]
+    monkeypatch.setattr(train.dist, "get_world_size", lambda: 2)
+    hands = train.deal(names, sets)
+    assert sorted(sum(hands, [])) == names
+    sizes = [sum(int(sets[0].table[i, 1]) for s, i in hand if s == 0) for hand in hands]
+    assert abs(sizes[0] - sizes[1]) < 200 < 900 < min(sizes)
+    assert train.deal(names[8:], sets) == [[(1, 0), (1, 2)], [(1, 1), (1, 3)]]
 
 
 def test_the_learning_rate_rises_and_falls():

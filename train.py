@@ -288,7 +288,8 @@ def distribute(model: RewardModel, device: torch.device, shard: str, product_dty
     if shard == "none":
         return DistributedDataParallel(model.to(device), gradient_as_bucket_view=True)
     world_size, local = dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    mesh = dist.init_device_mesh(device.type, (world_size // local, local) if shard == "node" else (world_size,))
+    sizes = {"nodes": world_size // local, "ranks": local} if shard == "node" else {"ranks": world_size}
+    mesh = dist.init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
     exact = MixedPrecisionPolicy(cast_forward_inputs=False)
     products = MixedPrecisionPolicy(product_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     first = dist.get_rank() == 0
@@ -527,8 +528,10 @@ def save_checkpoint(out: Path, model, optimizer, state: dict) -> None:
                 raise OSError(f"cannot write {folder} ({' '.join(str(error).split())[-200:]}); is the disk full?")
             if first:
                 (part / "state.json").write_text(json.dumps(state))
-        for old in sorted(out.glob("checkpoint-*"), key=lambda old: int(old.name[11:]))[:-2] if first else ():
-            remove(old)
+        if first:
+            kept = sorted(out.glob("checkpoint-*"), key=lambda old: int(old.name[11:]))
+            for old in [*kept[:-2], *out.glob(".checkpoint-*.partial")]:  # of a write that was killed
+                remove(old)
         return
     state = state | {"model": dcp.get_model_state_dict(model, options=TRAINED),
                      "optimizer": dcp.get_optimizer_state_dict(model, optimizer, options=FULL)}

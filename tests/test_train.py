@@ -3,7 +3,9 @@ import json
 import math
 import os
 import pickle
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -105,7 +107,7 @@ def two_ranks(tmp_path_factory, backbones, drawn):
     (here / "settings.json").write_text(json.dumps(told))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.run([*command, "tests/two_ranks.py", here], capture_output=True, text=True, timeout=100, cwd=ROOT,
+    run = subprocess.run([*command, "tests/two_ranks.py", here], capture_output=True, text=True, timeout=200, cwd=ROOT,
                          env=environment)
     assert run.returncode == 0, run.stderr[-3000:]
     assert main(cfg) == 0
@@ -113,15 +115,16 @@ def two_ranks(tmp_path_factory, backbones, drawn):
 
 
 def test_two_ranks_take_the_step_of_one(two_ranks, backbones, drawn):
-    """With DDP and sharded (with recomputed activations), and with one rank whose packs hold no image beside one that
+    """With DDP and sharded (with recomputed activations), all weights and LoRA's updates, and with one rank whose packs hold no image beside one that
     holds all of them."""
     start_processes()
-    one, one_sums, _ = gradient(backbones(), drawn)
-    for two, two_sums, counts in two_ranks[1]["steps"]:
-        assert counts[:, 2].tolist() == [12, 0]
-        assert counts[1, 1] > counts[0, 1] > 1  # several micro-steps, and not equally many
-        assert relative(two, one) < 1e-6
-        assert two_sums.tolist() == pytest.approx(one_sums.tolist(), rel=1e-5)
+    for kind, lora in (("steps", 0), ("lora", 4)):
+        one, one_sums, _ = gradient(backbones(), drawn, lora=lora)
+        for two, two_sums, counts in two_ranks[1][kind]:
+            assert counts[:, 2].tolist() == [12, 0]
+            assert counts[1, 1] > counts[0, 1] > 1  # several micro-steps, and not equally many
+            assert set(two) == set(one) and relative(two, one) < 1e-6
+            assert two_sums.tolist() == pytest.approx(one_sums.tolist(), rel=1e-5)
 
 
 def test_a_sharded_model_computes_with_the_very_weights_of_an_unsharded_one(two_ranks):
@@ -136,7 +139,7 @@ def test_two_ranks_end_where_one_ends(two_ranks):
     steps of AdamW at 1e-3: gradients differ by rounding (1e-7), but Adam divides each by its own size, so that a weight
     whose gradient is as small as the rounding may move by up to the rate either way: hence 1e-3 for the weights."""
     here, results, said, _ = two_ranks
-    assert results["status"] == [0, 128 + signal.SIGTERM, 0]
+    assert results["status"] == [0, 128 + signal.SIGTERM, 128 + signal.SIGTERM, 0]
     assert said.startswith("world size 2, device cpu") and "not on a disk that all ranks share" in said
     for folder in ("two", "sharded-0"):
         assert relative(weights(here / folder), weights(here / "one")) < 1e-3
@@ -148,6 +151,52 @@ def test_two_ranks_end_where_one_ends(two_ranks):
         summaries = [summary_of(here / name) for name in (folder, "one")]
         assert summaries[0]["pairs_seen"] == summaries[1]["pairs_seen"] and summaries[0]["n"] == summaries[1]["n"]
     assert not (here / "sharded-1" / "config.json").exists()
+
+
+def test_a_checkpoint_in_parts_is_read_by_another_number_of_ranks_and_holds_no_pickle(two_ranks):
+    """Written by two ranks, the last two kept; gone on from by one, sharded, and by one that is not."""
+    here = two_ranks[0]
+    parts = Config(**json.loads((here / "settings.json").read_text())["config"])
+    parts = replace(parts, out=str(here / "parts"), resume=True)
+    assert sorted(file.name for file in (here / "parts").glob("checkpoint*")) == ["checkpoint-2", "checkpoint-3"]
+    files = sorted((here / "parts" / "checkpoint-3").iterdir())
+    assert [file.suffix for file in files] == [".safetensors", ".safetensors", ".json"]
+    assert 0.8 < files[0].stat().st_size / files[1].stat().st_size < 1.25
+    for name, shard in (("again", "all"), ("plainly", "none")):
+        shutil.copytree(here / "parts", here / name)
+        assert main(replace(parts, out=str(here / name), shard=shard)) == 0
+        assert relative(weights(here / name), weights(here / "one")) < 1e-3
+        losses = [[row["loss"] for row in log_of(here / folder)] for folder in (name, "one")]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-3) and len(losses[0]) == 6
+        assert not [*(here / name).glob("checkpoint*")]
+
+
+def test_two_nodes_take_the_steps_of_one_and_go_on_by_themselves_after_a_worker_is_killed(cfg, tmp_path):
+    """Each with a disk of its own, sharded within the node; the first rank alone writes, and resumes for all."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    nodes, ends = [], [tmp_path / "node-0", tmp_path / "node-1"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--max_restarts=3",
+               "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", ROOT / "train.py"]
+    for disk in ends:
+        disk.mkdir()
+        with open(disk / "said", "w") as said:
+            nodes.append(subprocess.Popen(
+                [*command, *flags(replace(cfg, out="run", shard="node", resume=True, save_every=1))], cwd=disk,
+                env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, stdout=said, stderr=said))
+    assert main(cfg) == 0
+    deadline = time.time() + 120
+    while not (ends[0] / "run" / "checkpoint.pt").exists():
+        assert time.time() < deadline and nodes[0].poll() is None, (ends[0] / "said").read_text()[-3000:]
+        time.sleep(0.02)
+    worker = subprocess.run(["pgrep", "-P", str(nodes[1].pid)], capture_output=True, text=True).stdout
+    os.kill(int(worker), signal.SIGKILL)
+    assert [node.wait(120) for node in nodes] == [0, 0], (ends[0] / "said").read_text()[-3000:]
+    assert "going on from step" in (ends[0] / "said").read_text() and not (ends[1] / "run").exists()
+    assert relative(weights(ends[0] / "run"), weights(cfg.out)) < 1e-3
+    losses = [[row["loss"] for row in log_of(folder)] for folder in (ends[0] / "run", cfg.out)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 def test_rewards_do_not_depend_on_who_computes_them(two_ranks, drawn):
@@ -168,6 +217,19 @@ def test_rows_are_dealt_out_by_their_length(tmp_path, monkeypatch):
     sizes = [sum(int(sets[0].table[i, 1]) for s, i in hand if s == 0) for hand in hands]
     assert abs(sizes[0] - sizes[1]) < 200 < 900 < min(sizes)
     assert train.deal(names[8:], sets) == [[(1, 0), (1, 2)], [(1, 1), (1, 3)]]
+
+
+def test_micro_steps_of_the_filler_are_counted_and_change_nothing(cfg, monkeypatch):
+    assert main(replace(cfg, max_steps=2)) == 0
+    alone, real = log_of(cfg.out), train.gather
+
+    def beside_one_with_a_pack_more(values):
+        return torch.tensor([values, [0, 0, 0, 0, values[4] + 1, 0]]) if len(values) == 6 else real(values)
+
+    monkeypatch.setattr(train, "gather", beside_one_with_a_pack_more)
+    assert main(replace(cfg, max_steps=2, overwrite=True)) == 0
+    assert [row["fillers"] for row in alone] == [0, 0] and [row["fillers"] for row in log_of(cfg.out)] == [1, 1]
+    assert [row["loss"] for row in alone] == [row["loss"] for row in log_of(cfg.out)]
 
 
 def test_the_learning_rate_rises_and_falls():
@@ -293,6 +355,27 @@ def test_a_full_disk_stops_the_run_in_one_line_and_leaves_the_checkpoint_before(
     with pytest.raises(OSError, match="is the disk full"):
         main(replace(cfg, save_every=2))
     assert checkpoint_of(cfg.out)["step"] == 2 and not [n for n in os.listdir(cfg.out) if n.endswith(".partial")]
+
+
+def test_a_sharded_run_that_cannot_write_keeps_the_checkpoint_before_and_one_that_fits_no_model_is_one_line(
+        cfg, monkeypatch):
+    real_save, sharded = train.dist.checkpoint.save, replace(cfg, shard="all", save_every=2)
+
+    def full_the_second_time(*rest, **named):
+        if os.path.exists(f"{cfg.out}/checkpoint-2"):
+            raise train.dist.checkpoint.CheckpointException("", {0: (OSError("No space left on device"), None)})
+        real_save(*rest, **named)
+
+    monkeypatch.setattr(train.dist.checkpoint, "save", full_the_second_time)
+    with pytest.raises(OSError, match="No space.* is the disk full"):
+        main(sharded)
+    assert [name for name in os.listdir(cfg.out) if "checkpoint" in name] == ["checkpoint-2"]
+    for file in os.listdir(f"{cfg.out}/checkpoint-2"):
+        if file.endswith(".safetensors"):
+            os.truncate(f"{cfg.out}/checkpoint-2/{file}", 1000)
+    with pytest.raises(ValueError, match="does not fit this model") as error:
+        main(replace(sharded, resume=True))
+    assert len(str(error.value)) < 400
 
 
 def test_a_failure_after_the_last_step_loses_no_step(cfg, monkeypatch):

@@ -6,6 +6,8 @@ Read: `main` and on to the double line, 12 minutes, after Comparison, pack, pair
     torchrun train.py --data FOLDER --out runs/mine             the same tiny model on your own rows (format: data.py)
     torchrun --nproc_per_node 8 train.py --backbone Qwen/Qwen2.5-VL-7B-Instruct --shard --gradient_checkpointing \\
              --data FOLDER OTHER:2.0 --out runs/7b              the real thing; OTHER is seen twice
+    torchrun train.py --backbone Qwen/Qwen2.5-VL-3B-Instruct --lora 16 --gradient_checkpointing --pack_tokens 4096 \\
+             --data FOLDER --out runs/3b                        one card of 24 GB: updates of rank 16 alone
     torchrun train.py --resume                                  goes on where a stopped run left off
 
 Into --out go the reward model (RewardModel.from_pretrained loads it), metrics.jsonl, a line a step, its picture
@@ -44,7 +46,7 @@ import filelock
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint.state_dict as dcp
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from transformers import HfArgumentParser
@@ -82,7 +84,11 @@ class Config:
     length_norm: bool = HfArg(default=False, help="Algorithm 1's division by log(length + 1) (section 4.3: it hurts)")
     freeze_vision: bool = HfArg(default=False, help="do not train vision tower and merger (paper: not given)")
     gradient_checkpointing: bool = HfArg(default=False, help="compute activations twice: less memory, a third slower")
-    shard: bool = HfArg(default=False, help="split weights and optimiser over the ranks (FSDP2); the 7B needs it")
+    lora: int = HfArg(default=0, help="train updates of this rank, not the weights: one card; 0: train all (paper)")
+    lora_vision: bool = HfArg(default=False, help="updates for the vision tower too, which --lora alone freezes")
+    shard: Literal["none", "all", "node"] = HfArg(
+        default="none", metadata={"nargs": "?", "const": "all"},
+        help="split weights and optimiser over all ranks (FSDP2; the 7B needs it), or over those of each node")
     max_pixels: int | None = HfArg(default=None, help="of an image, 28 x 28 a token; 1003520, 12544 for tiny")
     pack_tokens: int | None = HfArg(default=None, help="of a pack; longer comparisons drop; 16384, 1024 for tiny")
     on_bad_row: Literal["stop", "skip"] = HfArg(default="stop", help="stop at a row that cannot be used, or count it")
@@ -109,9 +115,10 @@ def main(cfg: Config) -> int:
     steps = order.steps(cfg.epochs) if cfg.max_steps is None else cfg.max_steps
 
     # 3  Model: raw_model computes rewards, model is the same with an exchange of gradients around it
-    raw_model = make_model(cfg, sets).to(device).train()
-    held = check_held_out(held if not (cfg.think and cfg.shard) else [], raw_model, cfg.on_bad_row)  # see make_model
-    model = distribute(raw_model, cfg.shard, torch.bfloat16 if device.type == "cuda" else None)
+    raw_model = make_model(cfg, sets, device).train()
+    writes_nothing = cfg.think and cfg.shard != "none"  # see make_model
+    held = check_held_out([] if writes_nothing else held, raw_model, cfg.on_bad_row)
+    model = distribute(raw_model, device, cfg.shard, torch.bfloat16 if device.type == "cuda" else None)
 
     # 4  Optimiser and resume
     trained = [p for p in raw_model.parameters() if p.requires_grad]
@@ -132,7 +139,7 @@ def main(cfg: Config) -> int:
             stop = share.status or (128 + told.number if told.number else 0)  # as a shell tells of a signal
             counts = gather([share.pairs, share.texts, share.tokens, share.bad_rows, share.too_long,
                              len(share.packs), stop]).long()
-            pairs, texts, tokens, bad_rows, too_long = counts[:, :5].sum(dim=0).tolist()
+            pairs, texts, tokens, bad_rows, too_long, packs = counts[:, :6].sum(dim=0).tolist()
             micro_steps, status = counts[:, 5:].amax(dim=0).tolist()
             if status:
                 break
@@ -143,8 +150,8 @@ def main(cfg: Config) -> int:
             loss, right, margin = (value / pairs if pairs else None for value in sums)
             row = {"step": step, "loss": loss, "accuracy": right, "margin": margin, "grad_norm": norm, "lr": lr,
                    "text_loss": text_loss / texts if texts else None, "pairs": pairs, "texts": texts, "tokens": tokens,
-                   "bad_rows": bad_rows, "too_long": too_long, "seconds": time.time() - started,
-                   "gpu_gb": torch.cuda.max_memory_allocated() / 1e9}
+                   "bad_rows": bad_rows, "too_long": too_long, "fillers": micro_steps * len(counts) - packs,
+                   "seconds": time.time() - started, "gpu_gb": torch.cuda.max_memory_allocated() / 1e9}
             if held and cfg.eval_every and step % cfg.eval_every == 0 and step < steps:
                 row["eval_accuracy"] = examine(raw_model, held, cfg)
             log.write(row)
@@ -167,10 +174,10 @@ def main(cfg: Config) -> int:
     return status or report(out, raw_model, held, begun, cfg)
 
 def load_step(step: int, order: Order, sets: list, processor, cfg: Config) -> SimpleNamespace:
-    """This rank's share of a step, read and packed. Rank r of w takes rows r, r + w, r + 2 w ... of those that (seed,
-    step) names: none is taken twice, none is left out, and no rank need ask another."""
+    """This rank's share of a step, read and packed. Every rank deals out the rows that (seed, step) names in the same
+    way: none is taken twice, none is left out, and no rank need ask another."""
     good, bad_rows, too_long, status = [], 0, 0, 0
-    for s, i in order.step(step)[dist.get_rank()::dist.get_world_size()]:
+    for s, i in deal(order.step(step), sets)[dist.get_rank()]:
         dice = random.Random(f"{cfg.seed} {s} {i}")  # a judge's orders, by (seed, row)
         items = used_or_error(sets[s], i, partial(to_learn, processor=processor, dice=dice), "skip")
         if isinstance(items, BadRow):
@@ -246,6 +253,8 @@ LOCK = ".run.lock"  # in a run folder while a run is under way, and after one th
 LOCKS = []  # of the run folders that this process claimed, held until it ends
 COLOURS = ("#1f5fbf", "#d2691e", "#2e8b57", "#8b3a8b", "#555555", "#b22222")  # of curves
 FULL = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered from all ranks, on the first
+TRAINED = replace(FULL, ignore_frozen_params=True)
+FROM_FIRST = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
 
 # Processes -----------------------------------------------------------------------------------------------------------
 def start_processes() -> torch.device:
@@ -286,26 +295,39 @@ def from_first(item):
     """The first rank's object, on every rank. All wait for all."""
     return gather_objects(item)[0]
 
-def distribute(model: RewardModel, shard: bool, product_dtype: torch.dtype | None):
-    """A model whose backward pass leaves the ranks' average gradient: DDP, or with `shard` FSDP2, where each rank keeps
-    1/world_size of every layer's weights, gradients and moments, all fp32, and gathers a layer when it is needed.
+def distribute(model: RewardModel, device: torch.device, shard: str, product_dtype: torch.dtype | None):
+    """A model on its device whose backward pass leaves the ranks' average gradient: DDP, or with `shard` FSDP2, where
+    each rank keeps a part of every layer's weights, gradients and moments, all fp32, and gathers a layer when it is
+    needed. "all": 1/world_size of it. "node": as large a part as a node has ranks; every node then holds the whole, and
+    gathers without a word to the others, which it meets once a layer, to average the gradients of its parts.
 
     product_dtype: in which weights of matrix products are gathered, bf16 where autocast would cast them anyway. Trap:
     FSDP casts all weights of a layer, also those of norms, which autocast leaves alone: an update too small for bf16
     would be saved and never felt. So what is no product is gathered apart and in fp32, as are embedding and head.
+
+    Of a sharded model the first rank alone has the numbers, on its host. The layers are cut up while they hold none,
+    and then filled, a tensor at a time: no GPU ever holds more than its parts and one tensor, and no other host more.
     """
-    if not shard:
-        return DistributedDataParallel(model, gradient_as_bucket_view=True)
-    mesh = dist.init_device_mesh(model.device.type, (dist.get_world_size(),))
+    if shard == "none":
+        return DistributedDataParallel(model.to(device), gradient_as_bucket_view=True)
+    world_size, local = dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    sizes = {"nodes": world_size // local, "ranks": local} if shard == "node" else {"ranks": world_size}
+    mesh = dist.init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
     exact = MixedPrecisionPolicy(cast_forward_inputs=False)
     products = MixedPrecisionPolicy(product_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    layers = list(getattr(model.backbone, "language_model", model.backbone).layers)
+    first = dist.get_rank() == 0
+    weights, buffers = (model.state_dict(), list(model.buffers())) if first else ({}, [])
+    layers = list(getattr(model.to("meta").backbone, "language_model", model.backbone).layers)
     for layer in layers + list(model.backbone.visual.blocks if hasattr(model.backbone, "visual") else ()):
         for part in list(layer.modules()):
             if part._parameters and not isinstance(part, torch.nn.Linear):
                 fully_shard(part, mesh=mesh, mp_policy=exact)
         fully_shard(layer, mesh=mesh, mp_policy=products)
-    return fully_shard(model, mesh=mesh, mp_policy=exact)
+    fully_shard(model, mesh=mesh, mp_policy=exact).to_empty(device=device)
+    dcp.set_model_state_dict(model, weights, options=FROM_FIRST)
+    for b, buffer in enumerate(model.buffers()):  # those of RoPE, which no state dict holds
+        dist.broadcast(buffer.copy_(buffers[b]) if first else buffer, src=0)
+    return model
 
 @contextlib.contextmanager
 def stop_signals():
@@ -332,12 +354,15 @@ def resolve(cfg: Config) -> Config:
     own = {"lr": 3e-6, "batch_size": 128, "max_pixels": 1280 * 28 * 28, "pack_tokens": 16384, "critique_tokens": 512}
     if cfg.backbone == "tiny":
         own = {"lr": 6e-4, "batch_size": 32, "max_pixels": 112 * 112, "pack_tokens": 1024, "critique_tokens": 40}
+    own["lr"] *= 10 if cfg.lora else 1  # see LowRank
     cfg = replace(cfg, **{name: value for name, value in own.items() if getattr(cfg, name) is None})
     check_numbers(cfg, above_zero=[*own, "epochs", "clip", "train_size", "head_layers"],
                   not_negative=["warmup", "weight_decay", "critique_coef", "max_steps", "eval_size", "eval_every",
-                                "save_every"])
+                                "save_every", "lora"])
     if cfg.think and cfg.paradigm != "generative" or cfg.length_norm and cfg.paradigm != "naive":
         raise ValueError(f"--paradigm {cfg.paradigm}: --think is generative, and --length_norm naive (Algorithm 1)")
+    if cfg.lora_vision and (cfg.freeze_vision or not cfg.lora):
+        raise ValueError("--lora_vision trains updates in the vision tower: it needs --lora, and not --freeze_vision")
     if cfg.warmup > 1 or cfg.epochs > 1000:
         raise ValueError(f"--warmup {cfg.warmup:g} is a share, at most 1; --epochs {cfg.epochs:g}: at most 1000")
     return cfg
@@ -376,6 +401,21 @@ def spread(n: int, rows: int) -> list[int]:
     n = min(n, rows)
     return [i * rows // n for i in range(n)]
 
+def deal(names: list[tuple[int, int]], sets: list) -> list[list[tuple[int, int]]]:
+    """The rows of a step for each rank: the longest first, each to the rank that has least. All ranks wait for the
+    slowest in every step. Long is a row of many bytes in its file, all that is known of it before it is read; where
+    that is nothing (drawn pictures), rank r of w gets every w-th.
+
+    An image counts as its name; so rows with pictures of one size are shared out by chance, as they lie.
+    """
+    hands, loads = [[] for _ in range(dist.get_world_size())], [0] * dist.get_world_size()
+    sizes = [int(sets[s].table[i, 1]) if hasattr(sets[s], "table") else 1 for s, i in names]
+    for size, name in sorted(zip(sizes, names), key=lambda both: -both[0]):
+        rank = loads.index(min(loads))
+        hands[rank].append(name)
+        loads[rank] += size
+    return hands
+
 def used_or_error(rows, i: int, use, on_bad_row: str):
     """What `use` makes of row i. One that cannot be used raises BadRow, or gives it back if it is to be skipped."""
     try:
@@ -395,8 +435,9 @@ def check_held_out(held: list, model: RewardModel, on_bad_row: str) -> list[Comp
     bad = set().union(*gather_objects(bad))
     return [rows[i] for k, (rows, i) in enumerate(places) if k not in bad]
 
-def make_model(cfg: Config, sets: list) -> RewardModel:
-    """A reward model on a pretrained backbone, or on a tiny one whose vocabulary is made from the data's texts."""
+def make_model(cfg: Config, sets: list, device: torch.device) -> RewardModel:
+    """A reward model on a pretrained backbone, or on a tiny one whose vocabulary is made from the data's texts. It is
+    still on the host; if it is to be sharded, with its numbers on the first rank's alone: see distribute."""
     path = cfg.backbone
     if cfg.kind in ("critic", "think") and cfg.max_steps != 0 and not any(critiques_in(rows) for rows in sets):
         raise ValueError(f"--paradigm {cfg.paradigm} learns to write critiques, and the first rows of --data have none")
@@ -407,9 +448,13 @@ def make_model(cfg: Config, sets: list) -> RewardModel:
             tiny_backbone(path, texts, cfg.seed, vocabulary_head=cfg.kind != "naive")
         from_first(None)  # the others wait for it
     torch.manual_seed(cfg.seed)  # every rank draws the same head
-    model = RewardModel.from_backbone(path, cfg.head_layers, cfg.head_activation, cfg.max_pixels, paradigm=cfg.kind,
-                                      critique_tokens=cfg.critique_tokens)
-    if cfg.shard:  # writing takes as many forwards as there are words, and the ranks need not write equally many
+    frozen = torch.bfloat16 if cfg.lora and device.type == "cuda" else torch.float32
+    with torch.device("meta" if cfg.shard != "none" and dist.get_rank() else "cpu"):
+        model = RewardModel.from_backbone(path, cfg.head_layers, cfg.head_activation, cfg.max_pixels, frozen, cfg.kind,
+                                          cfg.critique_tokens)
+        if cfg.lora:
+            add_lora(model, cfg.lora, cfg.lora_vision)
+    if cfg.shard != "none":  # writing takes as many forwards as there are words, and ranks need not write equally many
         model.critiques = "given"
     if cfg.freeze_vision and hasattr(model.backbone, "visual"):
         model.backbone.visual.requires_grad_(False)
@@ -424,6 +469,46 @@ def critiques_in(rows) -> bool:
             if any(text.strip() for text in rows[i].critiques):
                 return True
     return False
+
+class LowRank(torch.nn.Linear):
+    """A linear layer that stays as it is and learns an update of low rank beside it (LoRA, arXiv 2106.09685):
+
+        y = W x + b + alpha / r * B A x         W (out, in) and b (out,) frozen, A (r, in) random, B (out, r) zero
+
+    so that the first step's model is the base model. A and B are r * (in + out) numbers where W has in * out: of the
+    16 bytes that a trained weight needs (itself, gradient, two moments, all fp32) W keeps two, in bf16 on a GPU. The
+    division by r lets one learning rate do for all ranks. alpha 32 is ours; that all linear layers are to have updates,
+    and not attention's alone, is QLoRA's finding (arXiv 2305.14314, section 4), and a rate ten times that of full
+    training LoRA Without Regret's (Schulman et al., 2025).
+    """
+    ALPHA = 32
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        update = torch.nn.functional.linear(torch.nn.functional.linear(x, self.lora_a), self.lora_b)
+        return super().forward(x) + self.ALPHA / len(self.lora_a) * update
+
+def add_lora(model: RewardModel, rank: int, vision: bool) -> None:
+    """Freezes the backbone, and gives the linear layers of its decoder, with `vision` of its tower too, updates in
+    fp32. The layers change their class in their place: names, dtypes and whatever holds them stay as they are."""
+    for part in filter(None, (model.backbone, model.lm_head)):
+        part.requires_grad_(False)
+    parts = [getattr(model.backbone, "language_model", model.backbone)]
+    for part in parts + [model.backbone.visual] * (vision and hasattr(model.backbone, "visual")):
+        for layer in [layer for layer in part.modules() if isinstance(layer, torch.nn.Linear)]:
+            a = layer.weight.new_empty(rank, layer.in_features, dtype=torch.float32)
+            b = layer.weight.new_zeros(layer.out_features, rank, dtype=torch.float32)
+            layer.__class__, bound = LowRank, layer.in_features ** -0.5  # y = A x then is about as large as x
+            layer.lora_a, layer.lora_b = torch.nn.Parameter(a.uniform_(-bound, bound)), torch.nn.Parameter(b)
+
+def merged(state: dict) -> dict:
+    """The weights of a model by name with every update added to its weight, W + alpha / r * B A, in fp32 (in bf16 small
+    updates would be rounded away): those of an ordinary model."""
+    out = {name: w.float() for name, w in state.items() if not name.endswith((".lora_a", ".lora_b"))}
+    for name, a in state.items():
+        if name.endswith(".lora_a"):
+            layer = name.removesuffix("lora_a")
+            out[f"{layer}weight"] = out[f"{layer}weight"] + LowRank.ALPHA / len(a) * state[f"{layer}lora_b"] @ a
+    return out
 
 def texts_of(rows, kind: str):
     """Prompt and responses of the first rows. What is wrong with one is said when it is trained on."""
@@ -467,44 +552,87 @@ def write_text(file, text: str) -> None:
         part.write_bytes(text.encode("utf-8", "replace"))
 
 def save_checkpoint(out: Path, model, optimizer, state: dict) -> None:
-    """Writes out/checkpoint.pt; a kill at any moment leaves the one before or this one. All ranks gather, the first
-    writes. ValueError if a weight is not finite: what lies on the disk can be gone on from."""
-    parts = [p.to_local() if hasattr(p, "to_local") else p for p in model.parameters()]
-    if not gather([all(bool(p.isfinite().all()) for p in parts)]).all():
+    """Writes what is trained, and nothing else; a kill at any moment leaves the checkpoint before or this one.
+    ValueError if a weight is not finite: what lies on the disk can be gone on from.
+
+    A sharded run writes out/checkpoint-STEP, each rank its own part of every tensor, and keeps the last two; another
+    number of ranks can read it. In it are safetensors and JSON: torch's own format would be unpickled without a check.
+    Else all ranks gather and the first writes out/checkpoint.pt, also where ranks do not see each other's disks.
+    """
+    parts = {name: p.to_local() if hasattr(p, "to_local") else p for name, p in tensors_of(model, optimizer).items()}
+    if not gather([all(bool(p.isfinite().all()) for p in parts.values())]).all():
         raise ValueError(f"weights are not finite after step {state['step']} and not saved; start anew, lower --lr")
-    state = state | {"model": dcp.get_model_state_dict(model, options=FULL),
+    first, folder = dist.get_rank() == 0, out / f"checkpoint-{state['step']}"
+    if isinstance(model, FSDPModule) and all(gather_objects((out / LOCK).exists())):
+        with replacing(folder) if first else contextlib.nullcontext() as part:
+            part = from_first(part)
+            try:
+                writer = dist.checkpoint.HuggingFaceStorageWriter(part, save_distributed=True)
+                dist.checkpoint.save(tensors_of(model, optimizer), storage_writer=writer)
+            except dist.checkpoint.CheckpointException as error:
+                raise OSError(f"cannot write {folder} ({' '.join(str(error).split())[-200:]}); is the disk full?")
+            if first:
+                (part / "state.json").write_text(json.dumps(state))
+        if first:
+            kept = sorted(out.glob("checkpoint-*"), key=lambda old: int(old.name[11:]))
+            for old in [*kept[:-2], *out.glob(".checkpoint-*.partial")]:  # of a write that was killed
+                remove(old)
+        return
+    state = state | {"model": dcp.get_model_state_dict(model, options=TRAINED),
                      "optimizer": dcp.get_optimizer_state_dict(model, optimizer, options=FULL)}
-    if dist.get_rank() == 0:
+    if first:
         with replacing(out / "checkpoint.pt") as part:
             torch.save(state, part)
 
+def tensors_of(model, optimizer) -> dict[str, torch.Tensor]:
+    """This rank's parts of all that is trained, by name: weights, and what AdamW keeps of each, made if not there yet.
+    Not copies: what is read into them is used."""
+    names, out = [name for name, p in model.named_parameters() if p.requires_grad], {}
+    for name, p in zip(names, optimizer.param_groups[0]["params"]):  # FSDP swaps model.parameters()
+        empty = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        optimizer.state[p] = optimizer.state.get(p) or {"step": torch.zeros((), device=p.device)} | empty
+        out |= {name: p.detach()} | {f"{name} {key}": value for key, value in optimizer.state[p].items()}
+    return out
+
 def load_checkpoint(out: Path, model, optimizer, cfg: Config, rows: list[int]) -> dict:
-    """With --resume: puts weights and optimiser back and returns step and seconds. The first rank reads and tells the
-    others, which need not see its disk. ValueError if there is nothing to go on with, or something else."""
-    file, saved = out / "checkpoint.pt", {}
+    """With --resume: puts weights and optimiser back and returns step and seconds. The first rank reads checkpoint.pt
+    and tells the others, which need not see its disk; of a folder each reads its own parts. ValueError if there is
+    nothing to go on with, or something else."""
+    saved = {}
     if cfg.resume and dist.get_rank() == 0:
         if (out / "summary.json").exists():
             raise ValueError(f"{out} holds a finished run: nothing to resume. Choose another --out, or --overwrite")
-        if file.exists():
+        files = [*out.glob("checkpoint.pt"), *out.glob("checkpoint-*/state.json")]
+        for file in sorted(files, key=lambda file: file.stat().st_mtime)[-1:]:
             saved = read_state(file, cfg, free=("out", "overwrite", "resume", "eval_data", "eval_every", "save_every",
-                                                "gradient_checkpointing", "shard", "on_bad_row"))
+                                                "gradient_checkpointing", "shard", "on_bad_row")) | {"file": file}
             if (old := saved.get("rows")) != rows:
                 raise ValueError(f"{file} was trained on {old} rows, now there are {rows}; give the same --data")
-    done = from_first({"step": saved["step"], "seconds": saved.get("seconds")} if saved else {})
+    done = from_first({"step": saved["step"], "seconds": saved.get("seconds"), "file": saved["file"]} if saved else {})
     if done:
-        broadcast = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        file = done.pop("file")
         try:
-            dcp.set_model_state_dict(model, saved.get("model", {}), options=broadcast)
-            dcp.set_optimizer_state_dict(model, optimizer, saved.get("optimizer", {}), options=broadcast)
-        except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"{file} does not fit this model: {str(error)[:150]}") from None
+            if file.suffix == ".json":
+                reader = dist.checkpoint.HuggingFaceStorageReader(file.parent)
+                dist.checkpoint.load(tensors_of(model, optimizer), storage_reader=reader)
+            else:
+                names = {name for name, p in model.named_parameters() if p.requires_grad}
+                if saved and (other := names ^ set(saved["model"])):
+                    raise ValueError(f"missing or surplus {sorted(other)[:3]}")
+                dcp.set_model_state_dict(model, saved.get("model", {}), options=FROM_FIRST)
+                dcp.set_optimizer_state_dict(model, optimizer, saved.get("optimizer", {}), options=FROM_FIRST)
+        except (RuntimeError, LookupError, TypeError, ValueError, AttributeError, OSError,
+                dist.checkpoint.CheckpointException) as error:
+            raise ValueError(f"{file} does not fit this model: {' '.join(str(error).split())[-150:]}") from None
         say(f"going on from step {done['step']}")
     return done
 
 def read_state(file: Path, cfg, free=(), mmap=False) -> dict:
-    """A training state written by torch.save. ValueError if it cannot be read, or is of a run with other settings."""
+    """A training state written by torch.save, or a JSON file's. ValueError if it cannot be read, or is of a run with
+    other settings."""
     try:
-        saved = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+        of_json = file.suffix == ".json"
+        saved = json.loads(file.read_text()) if of_json else torch.load(file, "cpu", weights_only=True, mmap=mmap)
         saved |= {"step": int(saved["step"]), "config": dict(saved["config"])}
     except Exception as error:  # torch raises what it likes on a damaged file
         raise ValueError(f"{file} cannot be read ({str(error)[:100]}); start anew with --overwrite") from None
@@ -614,12 +742,13 @@ def report(out: Path, model: RewardModel, held: list[Comparison], begun: float, 
         "bad_gradients": sum(not math.isfinite(row["grad_norm"]) for row in log),
         "parameters": sum(p.numel() for p in model.parameters()), "world_size": dist.get_world_size(),
         "seconds": round(time.time() - begun, 1)}
-    weights = dcp.get_model_state_dict(model, options=FULL)
+    weights = merged(dcp.get_model_state_dict(model, options=FULL))
     if dist.get_rank() == 0:
         model.save_pretrained(out, weights)
         draw_log(out, log)
         write_text(out / "summary.json", json.dumps(summary | {"config": asdict(cfg)}, indent=1) + "\n")
-        (out / "checkpoint.pt").unlink(missing_ok=True)
+        for old in out.glob("checkpoint[.-]*"):
+            remove(old)
     say("\n".join(f"  {name:<26}{value}" for name, value in summary.items()))
     if shuffled:
         say(f"with the images shuffled: {'one half for a model that looks' if drawn else 'what the texts alone tell'}")

@@ -262,6 +262,30 @@ def test_one_pack_equals_separate_padded_sequences(backbones, monkeypatch, kind,
     assert (our_gradient - stock_gradient).norm() < 1e-5 * stock_gradient.norm()
 
 
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen2_vl"])
+def test_windows_of_equal_length_share_a_call_and_give_what_the_stock_tower_gives(backbones, monkeypatch, kind):
+    """One picture, several of odd sizes, a video; and what is saved and copied knows nothing of it."""
+    fast = RewardModel.from_backbone(backbones(kind)).backbone
+    stock = copy.deepcopy(fast)
+    stock.visual.config._attn_implementation, stock.visual.patch_embed.proj.__class__ = "sdpa", torch.nn.Conv3d
+    real, calls = torch.nn.functional.scaled_dot_product_attention, []
+    monkeypatch.setattr(m.F, "scaled_dot_product_attention", lambda *rest, **named: calls.append(1) or real(*rest, **named))
+    for grids in ([[1, 16, 16]], [[1, 26, 10], [1, 6, 22], [1, 2, 2], [1, 30, 18], [1, 26, 10]], [[4, 10, 14]]):
+        grid, out, made = torch.tensor(grids), [], []
+        patches = torch.randn(int(grid.prod(dim=1).sum()), 3 * 2 * 14 * 14)
+        for tower in (fast.visual, stock.visual):
+            calls.clear()
+            tower.zero_grad()
+            features = tower(patches, grid_thw=grid).pooler_output
+            features.sum().backward()
+            made.append(len(calls) / len(tower.blocks))
+            out.append((features, tower.patch_embed.proj.weight.grad, tower.blocks[0].attn.qkv.weight.grad))
+        assert made[0] <= 8 and (made[0] < made[1] or grids == [[1, 16, 16]])
+        for a, b in zip(*out):
+            assert (a - b).norm() <= 1e-6 * b.norm()
+    assert type(copy.deepcopy(fast).visual.patch_embed.proj) is m.PatchProduct and "flash" not in fast.config.to_json_string()
+
+
 def test_recomputed_activations_give_the_same_gradient(tiny):
     p, gradients = pack(encoded(tiny)), []
     for recompute in (False, True):

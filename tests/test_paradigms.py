@@ -14,7 +14,7 @@ import rl_demo as rl
 import train
 from conftest import TEXTS
 from data import judge_prompts, read_comparisons, synthetic, write_comparisons
-from model import Comparison, RewardModel, Score, encode, judge_pair, pack, verdict
+from model import Comparison, RewardModel, encode, judge_pair, pack, verdict
 from stock import stock_inputs
 from test_model import picture
 

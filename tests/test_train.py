@@ -4,7 +4,9 @@ import json
 import math
 import os
 import pickle
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,6 +20,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModel
 
 import train
 from conftest import ROOT, TORCHRUN, command
@@ -29,12 +32,15 @@ from two_ranks import gradient, stop_after
 
 def draw(folder):
     """24 drawn comparisons, laid so that of the first step's rows the first of two ranks gets those with an image, the
-    second those without."""
+    second those without: lines of equal length are dealt out in turn."""
     visual, text = ([c for c in synthetic(200) if bool(c.images) == kind][:12] for kind in (True, False))
     rows = [None] * 24
     for place, (_, row) in enumerate(Order([[1] * 24], [1.0], batch_size=64, seed=0).step(0)):
         rows[row] = (text if place % 2 else visual)[place // 2]
-    return write_comparisons(folder, rows, bar=False)
+    write_comparisons(folder, rows, bar=False)
+    lines = (folder / "comparisons.jsonl").read_text().splitlines()
+    (folder / "comparisons.jsonl").write_text("".join(f"{line[:-1]:700}}}\n" for line in lines))
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -118,15 +124,16 @@ def two_ranks(two_ranks_of_train, backbones):
 
 
 def test_two_ranks_take_the_step_of_one(two_ranks, backbones, drawn):
-    """With DDP and sharded (with recomputed activations), and with one rank whose packs hold no image beside one that
+    """With DDP and sharded (with recomputed activations), all weights and LoRA's updates, and with one rank whose packs hold no image beside one that
     holds all of them."""
     start_processes()
-    one, one_sums, _ = gradient(backbones(), drawn)
-    for two, two_sums, counts in two_ranks[1]["steps"]:
-        assert counts[:, 2].tolist() == [12, 0]
-        assert counts[1, 1] > counts[0, 1] > 1  # several micro-steps, and not equally many
-        assert relative(two, one) < 1e-6
-        assert two_sums.tolist() == pytest.approx(one_sums.tolist(), rel=1e-5)
+    for kind, lora in (("steps", 0), ("lora", 4)):
+        one, one_sums, _ = gradient(backbones(), drawn, lora=lora)
+        for two, two_sums, counts in two_ranks[1][kind]:
+            assert counts[:, 2].tolist() == [12, 0]
+            assert counts[1, 1] > counts[0, 1] > 1  # several micro-steps, and not equally many
+            assert set(two) == set(one) and relative(two, one) < 1e-6
+            assert two_sums.tolist() == pytest.approx(one_sums.tolist(), rel=1e-5)
 
 
 def test_a_sharded_model_computes_with_the_very_weights_of_an_unsharded_one(two_ranks):
@@ -141,7 +148,7 @@ def test_two_ranks_end_where_one_ends(two_ranks):
     steps of AdamW at 1e-3: gradients differ by rounding (1e-7), but Adam divides each by its own size, so that a weight
     whose gradient is as small as the rounding may move by up to the rate either way: hence 1e-3 for the weights."""
     here, results, said, _ = two_ranks
-    assert results["status"] == [0, 128 + signal.SIGTERM, 0]
+    assert results["status"] == [0, 128 + signal.SIGTERM, 128 + signal.SIGTERM, 0]
     assert said.startswith("world size 2, device cpu") and "not on a disk that all ranks share" in said
     for folder in ("two", "sharded-0"):
         assert relative(weights(here / folder), weights(here / "one")) < 1e-3
@@ -153,6 +160,52 @@ def test_two_ranks_end_where_one_ends(two_ranks):
         summaries = [summary_of(here / name) for name in (folder, "one")]
         assert summaries[0]["pairs_seen"] == summaries[1]["pairs_seen"] and summaries[0]["n"] == summaries[1]["n"]
     assert not (here / "sharded-1" / "config.json").exists()
+
+
+def test_a_checkpoint_in_parts_is_read_by_another_number_of_ranks_and_holds_no_pickle(two_ranks):
+    """Written by two ranks, the last two kept; gone on from by one, sharded, and by one that is not."""
+    here = two_ranks[0]
+    parts = Config(**json.loads((here / "settings.json").read_text())["config"])
+    parts = replace(parts, out=str(here / "parts"), resume=True)
+    assert sorted(file.name for file in (here / "parts").glob("checkpoint*")) == ["checkpoint-2", "checkpoint-3"]
+    files = sorted((here / "parts" / "checkpoint-3").iterdir())
+    assert [file.suffix for file in files] == [".safetensors", ".safetensors", ".json"]
+    assert 0.8 < files[0].stat().st_size / files[1].stat().st_size < 1.25
+    for name, shard in (("again", "all"), ("plainly", "none")):
+        shutil.copytree(here / "parts", here / name)
+        assert main(replace(parts, out=str(here / name), shard=shard)) == 0
+        assert relative(weights(here / name), weights(here / "one")) < 1e-3
+        losses = [[row["loss"] for row in log_of(here / folder)] for folder in (name, "one")]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-3) and len(losses[0]) == 6
+        assert not [*(here / name).glob("checkpoint*")]
+
+
+def test_two_nodes_take_the_steps_of_one_and_go_on_by_themselves_after_a_worker_is_killed(cfg, tmp_path):
+    """Each with a disk of its own, sharded within the node; the first rank alone writes, and resumes for all."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    nodes, ends = [], [tmp_path / "node-0", tmp_path / "node-1"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--max_restarts=3",
+               "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", ROOT / "train.py"]
+    for disk in ends:
+        disk.mkdir()
+        with open(disk / "said", "w") as said:
+            nodes.append(subprocess.Popen(
+                [*command, *flags(replace(cfg, out="run", shard="node", resume=True, save_every=1))], cwd=disk,
+                env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, stdout=said, stderr=said))
+    assert main(cfg) == 0
+    deadline = time.time() + 120
+    while not (ends[0] / "run" / "checkpoint.pt").exists():
+        assert time.time() < deadline and nodes[0].poll() is None, (ends[0] / "said").read_text()[-3000:]
+        time.sleep(0.02)
+    worker = subprocess.run(["pgrep", "-P", str(nodes[1].pid)], capture_output=True, text=True).stdout
+    os.kill(int(worker), signal.SIGKILL)
+    assert [node.wait(120) for node in nodes] == [0, 0], (ends[0] / "said").read_text()[-3000:]
+    assert "going on from step" in (ends[0] / "said").read_text() and not (ends[1] / "run").exists()
+    assert relative(weights(ends[0] / "run"), weights(cfg.out)) < 1e-3
+    losses = [[row["loss"] for row in log_of(folder)] for folder in (ends[0] / "run", cfg.out)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 def test_rewards_do_not_depend_on_who_computes_them(two_ranks, drawn):
@@ -199,6 +252,30 @@ def test_a_step_asks_the_device_for_no_number_until_its_end(tiny, drawn, monkeyp
             train.take_step(model, optimizer, some, packs[0], len(some), 3, Config())
         asked.append(dict(questions.asked))
     assert asked[0] == asked[1] and asked[0].keys() == {"take_step"} and asked[0]["take_step"] < 5
+def test_rows_are_dealt_out_by_their_length(tmp_path, monkeypatch):
+    """Each once, whatever the number of ranks, and to the rank that has least."""
+    rows = [Comparison("?", ["a" * n, "b"], [(0, 1)]) for n in (1, 900, 1, 1, 500, 500, 1, 1)]
+    sets = [read_comparisons(write_comparisons(tmp_path / "rows", rows, bar=False)), synthetic(4)]
+    names = [(0, i) for i in range(8)] + [(1, i) for i in range(4)]
+    monkeypatch.setattr(train.dist, "get_world_size", lambda: 2)
+    hands = train.deal(names, sets)
+    assert sorted(sum(hands, [])) == names
+    sizes = [sum(int(sets[0].table[i, 1]) for s, i in hand if s == 0) for hand in hands]
+    assert abs(sizes[0] - sizes[1]) < 200 < 900 < min(sizes)
+    assert train.deal(names[8:], sets) == [[(1, 0), (1, 2)], [(1, 1), (1, 3)]]
+
+
+def test_micro_steps_of_the_filler_are_counted_and_change_nothing(cfg, monkeypatch):
+    assert main(replace(cfg, max_steps=2)) == 0
+    alone, real = log_of(cfg.out), train.gather
+
+    def beside_one_with_a_pack_more(values):
+        return torch.tensor([values, [0] * 5 + [values[5] + 1, 0]]) if len(values) == 7 else real(values)
+
+    monkeypatch.setattr(train, "gather", beside_one_with_a_pack_more)
+    assert main(replace(cfg, max_steps=2, overwrite=True)) == 0
+    assert [row["fillers"] for row in alone] == [0, 0] and [row["fillers"] for row in log_of(cfg.out)] == [1, 1]
+    assert [row["loss"] for row in alone] == [row["loss"] for row in log_of(cfg.out)]
 
 
 def test_the_learning_rate_rises_and_falls():
@@ -252,7 +329,7 @@ def test_a_run_leaves_a_reward_model_its_log_and_a_summary(cfg, monkeypatch, cap
 def test_sharding_over_a_single_process_changes_nothing(cfg, tmp_path):
     alone = replace(cfg, max_steps=2, eval_data=[], eval_size=0)
     assert main(alone) == 0
-    sharded = replace(alone, out=str(tmp_path / "sharded"), shard=True)
+    sharded = replace(alone, out=str(tmp_path / "sharded"), shard="all")
     assert main(sharded) == 0
     assert relative(weights(sharded.out), weights(alone.out)) < 1e-5
     assert summary_of(alone.out)["accuracy"] is None  # nothing was held out
@@ -346,6 +423,27 @@ def test_a_full_disk_stops_the_run_in_one_line_and_leaves_the_checkpoint_before(
     assert checkpoint_of(cfg.out)["step"] == 2 and not [n for n in os.listdir(cfg.out) if n.endswith(".partial")]
 
 
+def test_a_sharded_run_that_cannot_write_keeps_the_checkpoint_before_and_one_that_fits_no_model_is_one_line(
+        cfg, monkeypatch):
+    real_save, sharded = train.dist.checkpoint.save, replace(cfg, shard="all", save_every=2)
+
+    def full_the_second_time(*rest, **named):
+        if os.path.exists(f"{cfg.out}/checkpoint-2"):
+            raise train.dist.checkpoint.CheckpointException("", {0: (OSError("No space left on device"), None)})
+        real_save(*rest, **named)
+
+    monkeypatch.setattr(train.dist.checkpoint, "save", full_the_second_time)
+    with pytest.raises(OSError, match="No space.* is the disk full"):
+        main(sharded)
+    assert [name for name in os.listdir(cfg.out) if "checkpoint" in name] == ["checkpoint-2"]
+    for file in os.listdir(f"{cfg.out}/checkpoint-2"):
+        if file.endswith(".safetensors"):
+            os.truncate(f"{cfg.out}/checkpoint-2/{file}", 1000)
+    with pytest.raises(ValueError, match="does not fit this model") as error:
+        main(replace(sharded, resume=True))
+    assert len(str(error.value)) < 400
+
+
 def test_a_failure_after_the_last_step_loses_no_step(cfg, monkeypatch):
     """The disk fills up while the model is saved: resuming goes straight to the end, also with --save_every 0."""
     never = replace(cfg, save_every=0)
@@ -409,6 +507,53 @@ def test_a_run_that_never_leaves_log_2_says_so_and_exits_non_zero(cfg, tmp_path,
     assert main(replace(cfg, data=[folder], eval_data=[folder], batch_size=2, max_steps=50)) == 1
     assert "ended at log 2 or above" in capsys.readouterr().err
     assert summary_of(cfg.out)["accuracy"] == 0.5
+
+
+# LoRA -----------------------------------------------------------------------------------------------------------------
+
+def test_updates_begin_as_the_base_model_and_merge_into_an_ordinary_one(backbones, drawn, tmp_path):
+    """From weights in bf16, as on a GPU, too: they are saved in fp32, or small updates would be rounded away."""
+    rows = [*read_comparisons(drawn)]
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        model = RewardModel.from_backbone(backbones(), dtype=dtype).float().eval()
+        base = sum(model.score_many(rows), [])
+        train.add_lora(model, 4, vision=True)
+        assert sum(model.score_many(rows), []) == base
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if name.endswith("lora_b"):
+                    p.normal_(std=1e-2)
+        updated = sum(model.score_many(rows), [])
+        assert max(abs(a - b) for a, b in zip(updated, base)) > 0.01
+        for p in model.parameters():
+            p.data = p.data if p.requires_grad else p.data.to(dtype)
+        model.save_pretrained(tmp_path / "merged", train.merged(model.state_dict()))
+        alike = RewardModel.from_pretrained(tmp_path / "merged")
+        assert sum(alike.score_many(rows), []) == pytest.approx(updated, abs=1e-5)
+        assert next(AutoModel.from_pretrained(tmp_path / "merged").parameters()).dtype == torch.float32
+
+
+def test_a_run_with_lora_trains_updates_and_head_alone_and_resumes_bit_for_bit(cfg, backbones, tmp_path, monkeypatch):
+    low = replace(cfg, lora=4, gradient_checkpointing=True)
+    assert main(low) == 0
+    part = replace(low, out=str(tmp_path / "part"))
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "learning_rate", stop_after(2))
+        assert main(part) == 128 + signal.SIGTERM
+    names = set(checkpoint_of(part.out)["model"])
+    assert names == {n for n in names if n.startswith("head.") or n.endswith((".lora_a", ".lora_b"))}
+    assert len(names) == 4 + 2 * 7 * 4 and not [n for n in names if "visual" in n]
+    assert main(replace(part, resume=True)) == 0
+    whole, resumed, base = weights(low.out), weights(part.out), load_file(backbones() / "model.safetensors")
+    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+    learnt = {name for name in base if not torch.equal(whole[name], base[name])}
+    assert set(base) < set(whole) and len(learnt) == 7 * 4 and all("_proj.weight" in name for name in learnt)
+    eyes = replace(low, overwrite=True, lora_vision=True, max_steps=1)
+    assert main(eyes) == 0
+    assert any("visual" in name and not torch.equal(w, base[name]) for name, w in weights(low.out).items() if name in base)
+    assert main(replace(low, overwrite=True, freeze_vision=True, max_steps=0)) == 0
+    assert all(torch.equal(weights(low.out)[name], base[name]) for name in base)
 
 
 # The run folder -------------------------------------------------------------------------------------------------------
@@ -565,6 +710,7 @@ def test_an_over_long_comparison_is_dropped_and_counted_never_cut(cfg, tmp_path)
 
 @pytest.mark.parametrize("change, words", [
     ({"lr": 0.0}, "--lr 0.0 must be above zero"), ({"clip": math.nan}, "--clip nan"), ({"lr": math.inf}, "--lr inf"),
+    ({"lora": -1}, "--lora -1"), ({"lora_vision": True}, "needs --lora"),
     ({"lr": 1e30}, "--lr 1e[+]30"), ({"epochs": math.inf}, "--epochs inf"), ({"epochs": 1e9}, "--epochs 1e[+]09"),
     ({"warmup": math.inf}, "--warmup inf"), ({"warmup": -1.0}, "--warmup -1.0"), ({"batch_size": 10**400}, "--batch"),
     ({"data": ["nowhere"]}, "does not exist"), ({"eval_data": ["nowhere"]}, "does not exist"),

@@ -22,29 +22,34 @@ class KeepGradient:
     """In the place of an optimiser: its step keeps the gradient."""
 
     def __init__(self, model):
-        self.model, self.param_groups = model, [{"params": list(model.parameters())}]
+        self.model, self.param_groups = model, [{"params": [p for p in model.parameters() if p.requires_grad]}]
 
     def step(self):
         with torch.no_grad():
-            for p in self.model.parameters():
+            for p in self.param_groups[0]["params"]:
                 p.copy_(p.grad)  # the gathered weights of a model whose weights are its gradients
-        self.gradient = dcp.get_model_state_dict(self.model, options=train.FULL)
+        self.gradient = dcp.get_model_state_dict(self.model, options=train.TRAINED)
 
     def zero_grad(self, set_to_none):
         pass
 
 
-def gradient(backbone, folder, pack_tokens=120, shard=False):
-    """The gradient of the first step, by name, the sums of `take_step`, and (pairs, packs, images) of each rank. In
+def gradient(backbone, folder, pack_tokens=120, shard="none", lora=0):
+    """The gradient of the first step of what is trained, by name, the sums of `take_step`, and (pairs, packs, images) of each rank. In
     fp64, where rounding hides no mistake: in fp32 the sums of one step, taken in another order, differ by 2e-6."""
     cfg = Config(lr=1.0, batch_size=64, pack_tokens=pack_tokens, max_pixels=112 * 112, clip=1e9)
     torch.manual_seed(0)
-    raw = RewardModel.from_backbone(backbone).double().train()
+    raw = RewardModel.from_backbone(backbone).train()
+    if lora:
+        train.add_lora(raw, lora, vision=True)
+        for name, p in raw.named_parameters():
+            p.data = p.data.normal_(std=1e-2) if name.endswith("lora_b") else p.data
+    raw.double()
     rows = read_comparisons(folder)
     share = load_step(0, Order([rows.pairs], [1.0], 64, 0), [rows], raw.processor, cfg)
-    if shard:
+    if shard != "none":
         recompute_activations(raw.backbone)  # the two together, as for the 7B
-    model = distribute(raw, shard, None)
+    model = distribute(raw, torch.device("cpu"), shard, None)
     counts = gather([share.pairs, len(share.packs), sum(len(p.image_grid_thw) for p in share.packs)])
     filler = pack([Comparison("?", ["a", "b"], [(0, 1)])], raw.processor)
     keep = KeepGradient(raw)
@@ -52,19 +57,19 @@ def gradient(backbone, folder, pack_tokens=120, shard=False):
     return keep.gradient, gather(sums).sum(dim=0), counts
 
 
-def rewards_in_bf16(backbone, shard: bool):
-    """Rewards as a GPU computes them, products in bf16 and the rest in fp32, after an update of the norms' weights and
-    of the embedding that bf16 could not hold."""
+def rewards_in_bf16(backbone, shard: str):
+    """Rewards as a GPU computes them, products in bf16 and the rest in fp32, after an update of the norms' weights,
+    of the biases and of the embedding that bf16 could not hold."""
     torch.manual_seed(0)
     model = RewardModel.from_backbone(backbone).train()
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if "norm" in name or "embed" in name:
+            if "norm" in name or "embed" in name or "bias" in name:
                 p.mul_(1 + 1e-3)
     packed = pack([Comparison("What?", ["red", "blue", "green and white"])], model.processor)
     model.forward = lambda batch: model.head(hidden_states(model.backbone, batch)[batch.last_token])
-    if shard:
-        model = distribute(model, True, torch.bfloat16)
+    if shard != "none":
+        model = distribute(model, torch.device("cpu"), "all", torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         return model(packed).detach().float()
 
@@ -85,15 +90,18 @@ if __name__ == "__main__":
     told = json.loads((here / "settings.json").read_text())
     train.start_processes()
     rank = dist.get_rank()
-    results = {"steps": [gradient(told["backbone"], told["drawn"], shard=shard) for shard in (False, True)],
-               "bf16": [rewards_in_bf16(told["backbone"], shard) for shard in (False, True)]}
+    results = {"steps": [gradient(told["backbone"], told["drawn"], shard=shard) for shard in ("none", "all")],
+               "lora": [gradient(told["backbone"], told["drawn"], shard=shard, lora=4) for shard in ("none", "node")],
+               "bf16": [rewards_in_bf16(told["backbone"], shard) for shard in ("none", "all")]}
     cfg = Config(**told["config"])
     status = [train.main(replace(cfg, out=str(here / "two")))]
     # Sharded, told to stop on the second rank alone, and resumed; each rank has a disk of its own
-    sharded = replace(cfg, out=str(here / f"sharded-{rank}"), shard=True, eval_every=3)
+    sharded = replace(cfg, out=str(here / f"sharded-{rank}"), shard="all", eval_every=3)
     if rank == 1:
         original, train.learning_rate = train.learning_rate, stop_after(2)
     status.append(train.main(sharded))
+    # The same on a disk that both see, left unfinished: each rank writes its part
+    status.append(train.main(replace(sharded, out=str(here / "parts"), save_every=1)))
     if rank == 1:
         train.learning_rate = original
     status.append(train.main(replace(sharded, resume=True)))

@@ -50,11 +50,11 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 from data import BadRow, Order, encode_row, read_comparisons, shuffle_images, synthetic
 from model import (Comparison, Pack, RewardModel, fill_packs, one_ahead, pack, pairwise_loss, recompute_activations,
-                   remove, replacing, tiny_backbone)
+                   remove, replacing, tiny_backbone, vision_parts)
 
 @dataclass(frozen=True)
 class Config:
-    backbone: str = HfArg(default="tiny", help="'tiny' (made on the spot), a folder, or Qwen/Qwen2.5-VL-7B-Instruct")
+    backbone: str = HfArg(default="tiny", help="'tiny' (made on the spot; or of TINY), a folder, or a hub id")
     data: list[str] = HfArg(default_factory=list, help="data folders, with a weight if wanted: a b:2.0; none: drawn")
     eval_data: list[str] = HfArg(default_factory=list, help="folders; none: held_out.jsonl of --data, or rows of it")
     eval_size: int = HfArg(default=800, help="held-out comparisons: drawn, of held_out.jsonl, or a tenth of --data")
@@ -218,6 +218,8 @@ def learning_rate(step: int, steps: int, cfg: Config) -> float:
 # ======================================================================================================================
 # First reading ends here. Below: what a real run needs.
 # ======================================================================================================================
+TINY = {"tiny": "qwen2_5_vl", "tiny-qwen2-vl": "qwen2_vl", "tiny-qwen3-vl": "qwen3_vl", "tiny-internvl": "internvl",
+        "tiny-qwen2": "qwen2", "tiny-qwen3": "qwen3"}  # made on the spot; the last two read no images
 LOG2 = math.log(2)  # the loss of a model that knows nothing
 LOCK = ".run.lock"  # in a run folder while a run is under way, and after one that was killed
 LOCKS = []  # of the run folders that this process claimed, held until it ends
@@ -277,11 +279,15 @@ def distribute(model: RewardModel, shard: bool, product_dtype: torch.dtype | Non
     exact = MixedPrecisionPolicy(cast_forward_inputs=False)
     products = MixedPrecisionPolicy(product_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     layers = list(getattr(model.backbone, "language_model", model.backbone).layers)
-    for layer in layers + list(model.backbone.visual.blocks if hasattr(model.backbone, "visual") else ()):
-        for part in list(layer.modules()):
-            if part._parameters and not isinstance(part, torch.nn.Linear):
-                fully_shard(part, mesh=mesh, mp_policy=exact)
-        fully_shard(layer, mesh=mesh, mp_policy=products)
+    for part in vision_parts(model.backbone):
+        layers += [layer for stack in part.modules() if isinstance(stack, torch.nn.ModuleList) for layer in stack]
+    for layer in layers:
+        own = bool(layer._parameters)  # InternVL's layers have weights that are no products: there each is apart
+        for part in list(layer.modules())[1:]:
+            product = isinstance(part, torch.nn.Linear)
+            if part._parameters and (own or not product):
+                fully_shard(part, mesh=mesh, mp_policy=products if product else exact)
+        fully_shard(layer, mesh=mesh, mp_policy=exact if own else products)
     return fully_shard(model, mesh=mesh, mp_policy=exact)
 
 @contextlib.contextmanager
@@ -307,7 +313,7 @@ def stop_signals():
 # Settings, data and model --------------------------------------------------------------------------------------------
 def resolve(cfg: Config) -> Config:
     own = {"lr": 3e-6, "batch_size": 128, "max_pixels": 1280 * 28 * 28, "pack_tokens": 16384}
-    if cfg.backbone == "tiny":
+    if cfg.backbone in TINY:
         own = {"lr": 6e-4, "batch_size": 32, "max_pixels": 112 * 112, "pack_tokens": 1024}
     cfg = replace(cfg, **{name: value for name, value in own.items() if getattr(cfg, name) is None})
     check_numbers(cfg, above_zero=[*own, "epochs", "clip", "train_size", "head_layers"],
@@ -371,15 +377,16 @@ def check_held_out(held: list, processor, on_bad_row: str) -> list[Comparison]:
 def make_model(cfg: Config, sets: list) -> RewardModel:
     """A reward model on a pretrained backbone, or on a tiny one whose vocabulary is made from the data's texts."""
     path = cfg.backbone
-    if path == "tiny":
+    if path in TINY:
         path = Path(cfg.out) / "tiny_backbone"
         if dist.get_rank() == 0:
-            tiny_backbone(path, [text for rows in sets for text in texts_of(rows)], cfg.seed)
+            texts = [text for rows in sets for text in texts_of(rows)]
+            tiny_backbone(path, texts, cfg.seed, TINY[cfg.backbone])
         from_first(None)  # the others wait for it
     torch.manual_seed(cfg.seed)  # every rank draws the same head
     model = RewardModel.from_backbone(path, cfg.head_layers, cfg.head_activation, cfg.max_pixels)
-    if cfg.freeze_vision and hasattr(model.backbone, "visual"):
-        model.backbone.visual.requires_grad_(False)
+    for part in vision_parts(model.backbone) if cfg.freeze_vision else ():
+        part.requires_grad_(False)
     if cfg.gradient_checkpointing:
         recompute_activations(model.backbone)
     return model

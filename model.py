@@ -812,7 +812,7 @@ def load(path_or_id, dtype=torch.float32, vocabulary_head: bool = False):
     if vocabulary_head and ("lm_head.weight" in missing or not writes):
         raise ValueError(f"{path_or_id} is a {named} without a vocabulary head and cannot write; take an instruction-"
                          f"tuned checkpoint such as Qwen/Qwen2.5-VL-3B-Instruct, not a reward model")
-    surplus = sorted(key for key in info["unexpected_keys"] if vocabulary_head or key != "lm_head.weight")
+    surplus = sorted(key for key in info["unexpected_keys"] if vocabulary_head or not key.endswith("lm_head.weight"))
     if surplus or missing:
         raise ValueError(f"{path_or_id} does not fit {named}: missing {missing[:5]}, surplus {surplus[:5]}")
     return model.eval()

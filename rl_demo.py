@@ -538,7 +538,7 @@ def main(cfg: Config) -> int:
     for path, theirs in zip(paths, [reward_model.processor for reward_model in reward_models]):
         other = ours.image_processor is not None and ours.family is not theirs.family
         if other or not ours.tokenizer.get_vocab().items() <= theirs.tokenizer.get_vocab().items():
-            raise ValueError(f"reward model {path} reads other tokens than policy {cfg.policy}, or other images")
+            raise ValueError(f"reward model {path} reads other tokens than policy {cfg.policy}, other images or none")
     # C  What the steps share, and the examination before
     order = Order([[1] * len(learn)], [1.0], cfg.batch_size, cfg.seed)
     exam = read_prompts(rows, held[dist.get_rank()::dist.get_world_size()], ours)

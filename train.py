@@ -30,6 +30,7 @@ import re
 import signal
 import sys
 import time
+import warnings
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -282,12 +283,13 @@ def distribute(model: RewardModel, shard: bool, product_dtype: torch.dtype | Non
     for part in vision_parts(model.backbone):
         layers += [layer for stack in part.modules() if isinstance(stack, torch.nn.ModuleList) for layer in stack]
     for layer in layers:
-        own = bool(layer._parameters)  # InternVL's layers have weights that are no products: there each is apart
-        for part in list(layer.modules())[1:]:
-            product = isinstance(part, torch.nn.Linear)
-            if part._parameters and (own or not product):
-                fully_shard(part, mesh=mesh, mp_policy=products if product else exact)
-        fully_shard(layer, mesh=mesh, mp_policy=exact if own else products)
+        linear = [part for part in layer.modules() if isinstance(part, torch.nn.Linear)]
+        for part in [part for part in layer.modules() if part._parameters and part not in (layer, *linear)]:
+            fully_shard(part, mesh=mesh, mp_policy=exact)
+        if layer._parameters:  # the scales of InternVL's vision tower, which are no products; it adds nothing in place
+            warnings.filterwarnings("ignore", "FSDP2-wrapped module .FSDPLinear.*view tensor")
+            fully_shard(linear, mesh=mesh, mp_policy=products)
+        fully_shard(layer, mesh=mesh, mp_policy=exact if layer._parameters else products)
     return fully_shard(model, mesh=mesh, mp_policy=exact)
 
 @contextlib.contextmanager

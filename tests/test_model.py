@@ -262,10 +262,10 @@ def test_recomputed_activations_give_the_same_gradient(tiny):
     assert layer.gradient_checkpointing and (gradients[0] - gradients[1]).norm() <= 1e-6 * gradients[0].norm()
 
 
-@pytest.mark.parametrize("small", [0, 256])
-def test_under_autocast_bf16_weights_compute_what_fp32_weights_of_the_same_values_do(backbones, monkeypatch, small):
+@pytest.mark.parametrize("kind, small", [("qwen2_5_vl", 0), ("qwen2_5_vl", 256), ("qwen3_vl", 256)])
+def test_under_autocast_bf16_weights_compute_what_fp32_weights_of_the_same_values_do(backbones, monkeypatch, kind, small):
     """So that on a GPU a frozen reference in bf16 gives, to the bit, what the fp32 policy gives that starts from the same checkpoint."""
-    whole, half = (RewardModel.from_backbone(backbones(), dtype=dtype).eval() for dtype in (torch.float32, torch.bfloat16))
+    whole, half = (RewardModel.from_backbone(backbones(kind), dtype=dtype).eval() for dtype in (torch.float32, torch.bfloat16))
     monkeypatch.setattr(m, "SMALL", small)
     for q in whole.parameters():
         q.data = q.data.bfloat16().float()

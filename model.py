@@ -24,6 +24,7 @@ import os
 import re
 import shutil
 import stat
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -43,6 +44,7 @@ from transformers import (AttentionInterface, AutoConfig, AutoModel, AutoModelFo
                           AutoTokenizer, PreTrainedTokenizerFast)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import logging as transformers_logging
 
@@ -68,7 +70,7 @@ class Comparison:
 # 2  Tokens ------------------------------------------------------------------------------------------------------------
 MARK = re.compile("<image>|<video>")  # each takes the next entry of `images`; the entry decides which of the two it is
 IMAGE_PAD, VIDEO_PAD, END = "<|image_pad|>", "<|video_pad|>", "<|im_end|>"
-SPECIAL = re.compile(r"<(?=\|\w+\|>)")  # the first character of a special token that somebody wrote out
+SPECIAL = re.compile(r"<(?=\|\w+\|>|/?img>|IMG_CONTEXT>)")  # first character of a special token somebody wrote out
 
 @dataclass
 class Encoded:
@@ -76,7 +78,7 @@ class Encoded:
     prompt_ids: list[int]  # an image is one token for every 2 x 2 patches
     response_ids: list[list[int]]  # K lists, each ending with <|im_end|>
     pairs: list[tuple[int, int]]
-    pixel_values: torch.Tensor  # (P, channels*2*14*14)
+    pixel_values: torch.Tensor  # (P, channels*2*14*14), without a picture (0,); other families: see Family
     image_grid_thw: torch.Tensor  # (N, 3) moments, rows and columns of patches
     prompt_positions: torch.Tensor  # (3, tokens of the prompt)
     learnt: list[int] = ()  # K numbers: how many of its last tokens a branch's text to be learnt has (section 7)
@@ -98,18 +100,12 @@ def encode(comparison: Comparison, processor: "Processor") -> Encoded:
     tokenizer, images = processor.tokenizer, list(comparison.images)
     if images and processor.image_processor is None:
         raise ValueError(f"the prompt has {len(images)} images but the backbone is text-only; use a Qwen2.5-VL")
-    messages = to_messages(comparison.prompt, images)
-    patches, grids, marks = [torch.zeros(0, 3 * 2 * 14 * 14)], [], []
-    for image in images:
-        cut, grid = cut_into_patches(image, processor.image_processor)
-        patches.append(cut)
-        grids.append(grid)
-        pad = VIDEO_PAD if is_video(image) else IMAGE_PAD
-        marks.append(f"<|vision_start|>{pad * (math.prod(grid) // 4)}<|vision_end|>")
-    next_mark = iter(marks)
+    messages, family = to_messages(comparison.prompt, images), processor.family
+    read = [family.read(image, processor.image_processor) for image in images]
+    grids, marks = [grid for _, grids, _ in read for grid in grids], iter([mark for *_, mark in read])
     for message in messages:
         text = SPECIAL.sub("< ", message["content"])
-        message["content"] = MARK.sub(lambda _: next(next_mark), text)
+        message["content"] = family.mark.sub(lambda _: next(marks), text)
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     prompt_ids = tokenizer(text, add_special_tokens=False).input_ids
     if isinstance(comparison.responses, str):
@@ -117,7 +113,8 @@ def encode(comparison: Comparison, processor: "Processor") -> Encoded:
     response_ids = [[*processor.ids_of(response), processor.end] for response in comparison.responses]
     positions = mrope_positions(prompt_ids, grids, processor.id_of(IMAGE_PAD), processor.id_of(VIDEO_PAD),
                                 processor.video_step)
-    item = Encoded(prompt_ids, response_ids, [tuple(pair) for pair in comparison.pairs], torch.cat(patches),
+    patches = torch.cat([torch.zeros(0), *(patches for patches, *_ in read)])  # of no shape, it fits any
+    item = Encoded(prompt_ids, response_ids, [tuple(pair) for pair in comparison.pairs], patches,
                    torch.tensor(grids, dtype=torch.long).view(-1, 3), positions)
     if processor.paradigm == "think":  # the whole response is what it learns to write
         return replace(item, learnt=[len(ids) for ids in response_ids])
@@ -125,6 +122,12 @@ def encode(comparison: Comparison, processor: "Processor") -> Encoded:
         critiques = [processor.ids_of(text) if text.strip() else None for text in comparison.critiques]
         return with_critiques(item, critiques, processor)
     return item
+
+def read_qwen2(source, image_processor) -> tuple[torch.Tensor, list, str]:
+    """A picture or video for Qwen2.5-VL: its patches, its grid, and the tokens that take the place of its mark."""
+    patches, grid = cut_into_patches(source, image_processor)
+    pad = VIDEO_PAD if is_video(source) else IMAGE_PAD
+    return patches, [grid], f"<|vision_start|>{pad * (math.prod(grid) // 4)}<|vision_end|>"
 
 def mrope_positions(ids: list[int], grids: list, image_pad: int, video_pad: int, video_step: int = 1) -> torch.Tensor:
     """M-RoPE positions (3, tokens): time, row and column of every token of a prompt (arXiv 2409.12191, section 2.1).
@@ -232,28 +235,30 @@ def branch_mask(branch: torch.Tensor) -> torch.Tensor:
     return earlier & ((branch[None, :] == 0) | (branch[None, :] == branch[:, None]))
 
 # 4  Hidden states -----------------------------------------------------------------------------------------------------
-def embed(backbone, pack: Pack) -> torch.Tensor:
-    """Token embeddings (T, D), with what the vision tower made of the pictures in the places of their tokens."""
-    embeddings = backbone.get_input_embeddings()(pack.input_ids)  # (T, D)
+def embed(backbone, pack: Pack) -> tuple[torch.Tensor, dict]:
+    """Token embeddings (T, D), with what the vision tower made of the pictures in the places of their tokens; and
+    options for `decode`: what a Qwen3-VL adds in these places after its first layers."""
+    ids, config, family = pack.input_ids, backbone.config, family_of(backbone.config)
+    embeddings = backbone.get_input_embeddings()(ids)  # (T, D)
     if torch.is_autocast_enabled(embeddings.device.type):
         embeddings = embeddings.float()  # what flows between the layers is fp32, also where the weights are bf16
-    if not hasattr(backbone, "visual"):
-        return embeddings
+    if not family.pads:
+        return embeddings, {}
     if len(pack.image_grid_thw):
-        config = backbone.config
-        of_image = (pack.input_ids == config.image_token_id) | (pack.input_ids == config.video_token_id)  # (T,)
-        features = backbone.visual(pack.pixel_values, grid_thw=pack.image_grid_thw).pooler_output  # (image tokens, D)
-        return embeddings.masked_scatter(of_image[:, None], features.to(embeddings.dtype))
+        of_image = (ids == config.image_token_id) | (ids == getattr(config, "video_token_id", -1))  # (T,)
+        features, *deep = family.see(backbone, pack.pixel_values, pack.image_grid_thw)  # (image tokens, D) each
+        options = {"visual_pos_masks": of_image[None], "deepstack_visual_embeds": deep} if deep else {}
+        return embeddings.masked_scatter(of_image[:, None], features.to(embeddings.dtype)), options
     # A rank whose pack holds no image still runs the vision tower, on one blank image and at weight 0: DDP waits for a
     # gradient of every parameter, and a sharded tower for every rank to come and gather it.
-    blank, grid = embeddings.new_zeros(4, 3 * 2 * 14 * 14), pack.input_ids.new_tensor([[1, 2, 2]])
-    return embeddings + 0.0 * backbone.visual(blank, grid_thw=grid).pooler_output.sum().to(embeddings.dtype)
+    blank, grid = embeddings.new_zeros(family.blank), ids.new_tensor([[1, 2, 2]])
+    return embeddings + 0.0 * sum(x.sum() for x in family.see(backbone, blank, grid)).to(embeddings.dtype), {}
 
 def hidden_states(backbone, pack: Pack) -> torch.Tensor:
     """Final hidden states (T, D) of a pack. `attend` (below the line) gets `blocks`, and looks by branch_mask."""
     no_mask = torch.zeros(1, 1, 1, 1, device=pack.input_ids.device)  # of 4 dimensions: transformers makes none itself
-    embeddings = embed(backbone, pack)[None]  # (1, T, D)
-    out = decode(backbone, embeddings, pack.positions[:, None], no_mask, blocks=pack.blocks, use_cache=False)
+    row, more = embed(backbone, pack)  # (T, D)
+    out = decode(backbone, row[None], pack.positions[:, None], no_mask, blocks=pack.blocks, use_cache=False, **more)
     return out.last_hidden_state[0]
 
 # 5  The reward --------------------------------------------------------------------------------------------------------
@@ -390,13 +395,91 @@ def judge_pair(comparison: Comparison, first: int, second: int, think: bool = Fa
 # ======================================================================================================================
 PARADIGMS = ("naive", "critic", "direct", "think")  # Table 1; the last two are generative
 
+# Families -------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Family:
+    """What a kind of backbone does in its own way. Without anything of it: a backbone that reads text alone."""
+    pads: tuple[str, ...] = ()  # the tokens that stand for parts of a picture; first that of an image
+    open: Callable | None = None  # (folder or id, vision config, max_pixels) -> image processor, without torchvision
+    read: Callable | None = None  # (picture or video, image processor) -> pixels, grids, what takes the mark's place
+    see: Callable | None = None  # (backbone, pixels, grids (N, 3)) -> [features (image tokens, D), for layer 1, 2 ...]
+    blank: tuple[int, ...] = ()  # shape of the pixels of one image token
+    mark: re.Pattern = MARK
+
+def family_of(config) -> Family:
+    return FAMILIES.get(config.model_type, Family())
+
+def vision_parts(backbone) -> list[nn.Module]:
+    """What --freeze_vision freezes: the vision tower and what leads from it to the decoder."""
+    names = ("visual", "vision_tower", "multi_modal_projector")
+    return [getattr(backbone, name) for name in names if hasattr(backbone, name)]
+
+def open_qwen(path_or_id, vision, max_pixels: int | None):
+    image_processor = Qwen2VLImageProcessorPil.from_pretrained(path_or_id)
+    if (image_processor.merge_size, image_processor.patch_size) != (2, vision.patch_size):
+        raise ValueError(f"its patches are not the {vision.patch_size} pixels of the backbone, 2 x 2 to a token")
+    if max_pixels:
+        least = min(image_processor.size["shortest_edge"], max_pixels)
+        image_processor.size = {"shortest_edge": least, "longest_edge": max_pixels}
+    return image_processor
+
+def see_qwen(backbone, pixels, grids) -> list[torch.Tensor]:
+    out = backbone.visual(pixels, grid_thw=grids)
+    return [out.pooler_output, *getattr(out, "deepstack_features", ())]
+
+def read_qwen3(source, image_processor):
+    """A video of Qwen3-VL is a row of pictures, each of two frames and after a text with its time. So its positions
+    are those of pictures. Without a frame rate we take a second for two frames, as for Qwen2.5-VL. Trap: transformers
+    5.23 leaves another <|vision_start|> and <|vision_end|> around the whole; 4.57, the release with Qwen, does not."""
+    if not is_video(source):
+        return read_qwen2(source, image_processor)
+    patches, (t, h, w) = cut_into_patches(source, image_processor)
+    frames = len(frames_of(source))
+    times = [(2 * k + min(2 * k + 1, frames - 1)) / 4 for k in range(t)]  # seconds, in the middle of the two frames
+    tokens = f"<|vision_start|>{VIDEO_PAD * (h * w // 4)}<|vision_end|>"
+    return patches, [[1, h, w]] * t, "".join(f"<{time:.1f} seconds>{tokens}" for time in times)
+
+def open_internvl(path_or_id, vision, max_pixels: int | None):
+    """max_pixels: of all tiles of an image together; one more shows the whole where there are several."""
+    image_processor = GotOcr2ImageProcessorPil.from_pretrained(path_or_id)
+    size = image_processor.size["height"], image_processor.size["width"]
+    if (*size, 14, 14) != (*vision.image_size, *vision.patch_size):
+        raise ValueError(f"its tiles are of {size} pixels, the backbone's of {vision.image_size}, in patches of 14")
+    image_processor.crop_to_patches = True  # trap: the published file says False, which its processor overrules
+    if max_pixels:
+        image_processor.max_patches = max(max_pixels // math.prod(size), 1)
+    return image_processor
+
+def read_internvl(source, image_processor):
+    """Tiles (n, 3, 448, 448), and a grid for each run of tokens: all tiles of an image, or a frame of a video, which is
+    one tile. The tokens are none of Qwen's, so `mrope_positions` counts them as text, which is what InternVL does."""
+    if is_video(source):
+        out = image_processor(images=open_frames(source), crop_to_patches=False, return_tensors="pt")
+    else:
+        out = image_processor(images=[open_image(source)], return_tensors="pt")
+    side, runs = out["pixel_values"].shape[-1] // 14, out["num_patches"].tolist()  # patches of a side, tiles of a run
+    marks = [f"<img>{'<IMG_CONTEXT>' * (n * side * side // 4)}</img>" for n in runs]
+    if is_video(source):
+        marks = [f"Frame{i}: {mark}" for i, mark in enumerate(marks, start=1)]
+    return out["pixel_values"], [[n, side, side] for n in runs], "\n".join(marks) + "\n"
+
+def see_internvl(backbone, pixels, grids) -> list[torch.Tensor]:
+    return [backbone.get_image_features(pixels).pooler_output.flatten(0, 1)]
+
+QWEN2 = Family((IMAGE_PAD, VIDEO_PAD), open_qwen, read_qwen2, see_qwen, (4, 3 * 2 * 14 * 14))
+FAMILIES = {"qwen2_vl": QWEN2, "qwen2_5_vl": QWEN2,  # by config.model_type
+            "qwen3_vl": Family((IMAGE_PAD, VIDEO_PAD), open_qwen, read_qwen3, see_qwen, (4, 3 * 2 * 16 * 16)),
+            "internvl": Family(("<IMG_CONTEXT>",), open_internvl, read_internvl, see_internvl, (1, 3, 28, 28),
+                               re.compile("(?:<image>|<video>)\n?"))}
+
 # Prompts and texts ----------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Processor:
     """What turns a comparison into tokens and patches. It belongs to a backbone and lies beside it in its folder."""
     tokenizer: PreTrainedTokenizerFast
-    image_processor: Qwen2VLImageProcessorPil | None  # None: the backbone is text-only
+    image_processor: Qwen2VLImageProcessorPil | GotOcr2ImageProcessorPil | None  # None: the backbone is text-only
     video_step: int = 1  # by how much the time of a video's next moment is later, see mrope_positions
+    family: Family = Family()
     paradigm: str = "naive"  # one of PARADIGMS: what is asked about a response, see section 7
 
     def id_of(self, token: str) -> int:
@@ -410,7 +493,7 @@ class Processor:
     @property
     def never(self) -> list[int]:
         """The tokens of pictures: one that is written would stand for a picture that is not there."""
-        return [] if self.image_processor is None else [self.id_of(IMAGE_PAD), self.id_of(VIDEO_PAD)]
+        return [self.id_of(pad) for pad in self.family.pads]
 
     @property
     def end(self) -> int:
@@ -513,7 +596,7 @@ def is_video(source) -> bool:
     return isinstance(source, (list, tuple)) or (isinstance(source, (str, os.PathLike)) and os.path.isdir(source))
 
 def cut_into_patches(source, image_processor) -> tuple[torch.Tensor, list[int]]:
-    """Patches (P, channels*2*14*14) of an image or a video, and its grid (t, h, w) with P = t*h*w.
+    """Patches (P, channels*2*side*side) of an image or a video for a Qwen, and its grid (t, h, w) with P = t*h*w.
 
     The processor writes an image twice into each patch, since the vision tower takes two moments at a time. For a video
     the second half of a patch comes from the next frame in its place; an odd last frame is repeated.
@@ -530,9 +613,9 @@ def cut_into_patches(source, image_processor) -> tuple[torch.Tensor, list[int]]:
             raise ValueError(f"video {one_line(source)}: its frames have different sizes")
         out = image_processor(images=[two[0], two[-1]], size=budget, return_tensors="pt")
         _, h, w = out["image_grid_thw"][0].tolist()
-        both = out["pixel_values"].view(2, h * w, 3, 2, 14 * 14)  # (frame, patch, channel, moment, pixels)
+        both = out["pixel_values"].view(2, h * w, 3, 2, -1)  # (frame, patch, channel, moment, pixels)
         patches.append(torch.stack([both[0, :, :, 0], both[1, :, :, 1]], dim=2))  # (patch, channel, moment, pixels)
-    return torch.cat(patches).reshape(-1, 3 * 2 * 14 * 14), [len(patches), h, w]
+    return torch.cat(patches).flatten(1), [len(patches), h, w]
 
 # Attention ------------------------------------------------------------------------------------------------------------
 SMALL = 256  # tokens of a comparison up to which one call with a table is quicker than a call for each branch
@@ -567,8 +650,8 @@ def attend(module, query, key, value, attention_mask=None, blocks=None, scaling=
 def decode(backbone, embeddings: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, **options):
     """The decoder's output for embeddings (rows, tokens, D) at positions (3, rows, tokens).
 
-    `backbone` is a Qwen2.5-VL, a Qwen2-VL or a text decoder of transformers, without its vocabulary head; a text
-    decoder knows one kind of position. Positions are always given: left alone, transformers takes 1-D ones in silence.
+    `backbone` is one of FAMILIES or a text decoder of transformers, without its vocabulary head; text decoders, and so
+    InternVL's, know one kind of position. Positions are always given: left alone, transformers takes 1-D ones silently.
     """
     decoder = getattr(backbone, "language_model", backbone)
     positions = positions if hasattr(backbone, "visual") else positions[0]
@@ -838,11 +921,13 @@ def generate(policy, prompts: list[Encoded], max_new_tokens: int, group_size: in
 
     with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
         prefix = pack([prompt.with_responses([]) for prompt in prompts]).to(device)
-        embeddings = embed(backbone, prefix)  # (T, D)
+        embeddings, more = embed(backbone, prefix)  # (T, D)
         embeddings = on_the_left((embeddings.bfloat16() if on_gpu else embeddings).split(sizes))
         positions = on_the_left(prefix.positions.T.split(sizes)).permute(2, 0, 1)  # (3, prompts, width)
         mask = on_the_left(torch.ones_like(prefix.input_ids).split(sizes))
-        out = decode(backbone, embeddings, positions, mask, use_cache=True)
+        if more:
+            more["visual_pos_masks"] = on_the_left(more["visual_pos_masks"][0].split(sizes))  # (prompts, width)
+        out = decode(backbone, embeddings, positions, mask, use_cache=True, **more)
         cache, of = out.past_key_values, torch.tensor([p for p, rows in enumerate(starts) for _ in rows], device=device)
         cache.batch_select_indices(of)  # of (rows,): the prompt of each rollout
         hidden, position, mask = out.last_hidden_state[of, -1], positions.amax(dim=(0, 2))[of], mask[of]
@@ -933,6 +1018,7 @@ def load(path_or_id, dtype=torch.float32, vocabulary_head: bool = False):
     missing or surplus. Both layouts load: the hub's first one (`visual.*`, `model.*`) and that of today."""
     try:
         config = AutoConfig.from_pretrained(path_or_id, trust_remote_code=False)
+        check_layers(config)
         kind = AutoModel
         if vocabulary_head:
             kind = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
@@ -950,14 +1036,21 @@ def load(path_or_id, dtype=torch.float32, vocabulary_head: bool = False):
     if vocabulary_head and ("lm_head.weight" in missing or not writes):
         raise ValueError(f"{path_or_id} is a {named} without a vocabulary head and cannot write; take an instruction-"
                          f"tuned checkpoint such as Qwen/Qwen2.5-VL-3B-Instruct, not a reward model")
-    surplus = sorted(key for key in info["unexpected_keys"] if vocabulary_head or key != "lm_head.weight")
+    surplus = sorted(key for key in info["unexpected_keys"] if vocabulary_head or not key.endswith("lm_head.weight"))
     if surplus or missing:
         raise ValueError(f"{path_or_id} does not fit {named}: missing {missing[:5]}, surplus {surplus[:5]}")
-    layers = set(getattr(getattr(config, "text_config", config), "layer_types", None) or ["full_attention"])
-    if layers != {"full_attention"}:
-        raise ValueError(f"{path_or_id} has layers of kind {sorted(layers)}; branches need full attention in all")
     quicken_vision(model)
     return model.eval()
+
+def check_layers(config) -> None:
+    """ValueError if the branches of a pack could not be kept apart, or if nobody here knows how its pictures go in."""
+    text = getattr(config, "text_config", config)
+    window = ["sliding_attention"] if getattr(text, "sliding_window", None) else ["full_attention"]
+    others = sorted(set(getattr(text, "layer_types", None) or window) - {"full_attention"})
+    if others:  # a recurrent layer carries one response into the next; a window is counted in places of the row
+        raise ValueError(f"{config.model_type} has layers of {', '.join(others)}, branches need full attention in all")
+    if hasattr(config, "vision_config") and config.model_type not in FAMILIES:
+        raise ValueError(f"the pictures of {config.model_type} cannot be read; those of {', '.join(FAMILIES)} can")
 
 def load_processor(path_or_id, backbone, max_pixels: int | None = None) -> Processor:
     """Tokenizer, and the image processor if the backbone has eyes (the PIL one: no torchvision).
@@ -970,18 +1063,16 @@ def load_processor(path_or_id, backbone, max_pixels: int | None = None) -> Proce
         tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
         if tokenizer.convert_tokens_to_ids(END) in (None, tokenizer.unk_token_id):
             raise ValueError(f"it lacks the token {END}")
-        if not hasattr(backbone, "visual"):
+        if not (family := family_of(backbone.config)).pads:
             return Processor(tokenizer, None)
-        image_processor = Qwen2VLImageProcessorPil.from_pretrained(path_or_id)
-        if (image_processor.merge_size, image_processor.patch_size) != (2, 14):
-            raise ValueError("its patches are not those of Qwen2-VL and Qwen2.5-VL")
+        if tokenizer.convert_tokens_to_ids(family.pads[0]) != backbone.config.image_token_id:
+            raise ValueError(f"the token {family.pads[0]} is not the backbone's, {backbone.config.image_token_id}")
+        vision = backbone.config.vision_config
+        image_processor = family.open(path_or_id, vision, max_pixels)
     except Exception as error:  # as in load
         raise ValueError(f"{path_or_id}: its tokenizer or image processor cannot be used, take those of an instruction-"
-                         f"tuned Qwen: {one_line(error)}") from None
-    if max_pixels:
-        least = min(image_processor.size["shortest_edge"], max_pixels)
-        image_processor.size = {"shortest_edge": least, "longest_edge": max_pixels}
-    return Processor(tokenizer, image_processor, getattr(backbone.config.vision_config, "tokens_per_second", 1))
+                         f"tuned checkpoint of its family: {one_line(error)}") from None
+    return Processor(tokenizer, image_processor, getattr(vision, "tokens_per_second", 1), family)
 
 def from_backbone(path_or_id, head_layers=2, head_activation="silu", max_pixels=None, dtype=torch.float32,
                   paradigm="naive", critique_tokens=512):
@@ -1065,8 +1156,8 @@ CHAT_TEMPLATE = (  # the shape of Qwen's template, for messages whose contents a
 def tiny_backbone(directory, texts, seed=0, kind="qwen2_5_vl", vocab_size=512, width=128, vocabulary_head=False):
     """Writes a checkpoint with random weights and a byte-level BPE trained on `texts`, in the hub's layout.
 
-    kind: "qwen2_5_vl", "qwen2_vl", or the text-only "qwen2" and "qwen3". The same classes as the 7B, four layers deep,
-    1.7M parameters: whatever loads this folder loads Qwen/Qwen2.5-VL-7B-Instruct. Trap: the initial weights must not be
+    kind: one of FAMILIES, or the text-only "qwen2" and "qwen3". The same classes as the 7B, four layers deep, 1.7M
+    parameters: whatever loads this folder loads Qwen/Qwen2.5-VL-7B-Instruct. Trap: the initial weights must not be
     small. With transformers' default of 0.02, far below 1/sqrt(width), such a model sits at log 2 for many steps.
     Nor may rope_theta be large: with the usual 10,000 the columns of an image of three by three tokens differ by an
     angle of 0.006, and left is right.
@@ -1074,6 +1165,7 @@ def tiny_backbone(directory, texts, seed=0, kind="qwen2_5_vl", vocab_size=512, w
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     special = ["<|endoftext|>", "<|im_start|>", END, "<|vision_start|>", "<|vision_end|>", IMAGE_PAD, VIDEO_PAD]
+    special += ["<img>", "</img>", "<IMG_CONTEXT>"] * (kind == "internvl")
     chat = ["system\nYou are a helpful assistant.", "\n", "user\n", "assistant\n"] * 100  # become whole tokens
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -1084,26 +1176,36 @@ def tiny_backbone(directory, texts, seed=0, kind="qwen2_5_vl", vocab_size=512, w
         tokenizer_object=bpe, eos_token=END, pad_token=special[0], chat_template=CHAT_TEMPLATE,
         additional_special_tokens=special[1:2] + special[3:])
 
-    sees = kind in ("qwen2_5_vl", "qwen2_vl")
+    sees = kind in FAMILIES
     rope = {"rope_theta": 20.0, "mrope_section": [width // 32, width // 32 * 3 // 2, width // 32 * 3 // 2]}
     text = dict(vocab_size=vocab_size, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=4,
                 num_attention_heads=4, num_key_value_heads=2, head_dim=width // 4, max_position_embeddings=8192,
                 initializer_range=0.08, bos_token_id=0, pad_token_id=0, eos_token_id=special.index(END),
                 rope_parameters={"rope_type": "default"} | (rope if sees else {"rope_theta": 10000.0}))
+    # at most 112 pixels square, 4 x 4 image tokens: enough to see coloured shapes, and quick on a CPU
+    images = Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 112 * 112})
     if sees:
-        vision = dict(depth=2, num_heads=4, initializer_range=0.05, hidden_size=width)
-        vision |= dict(embed_dim=width, mlp_ratio=2) if kind == "qwen2_vl" else dict(
-            intermediate_size=2 * width, out_hidden_size=width, fullatt_block_indexes=[1], tokens_per_second=2)
-        names = {"image_token_id": IMAGE_PAD, "video_token_id": VIDEO_PAD, "vision_start_token_id": "<|vision_start|>",
-                 "vision_end_token_id": "<|vision_end|>"}
+        vision = dict(depth=2, num_heads=4, initializer_range=0.05, hidden_size=width, intermediate_size=2 * width,
+                      out_hidden_size=width)
+        vision |= {"qwen2_vl": dict(embed_dim=width, mlp_ratio=2),
+                   "qwen2_5_vl": dict(fullatt_block_indexes=[1], tokens_per_second=2),
+                   "qwen3_vl": dict(num_position_embeddings=64, deepstack_visual_indexes=[0, 1]),
+                   "internvl": dict(num_hidden_layers=2, num_attention_heads=4, image_size=112)}[kind]
+        names = {"image_token_id": FAMILIES[kind].pads[0], "video_token_id": VIDEO_PAD,
+                 "vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}
         text = dict(text_config=text, vision_config=vision, **{key: special.index(t) for key, t in names.items()})
+    if kind == "qwen3_vl":
+        text["text_config"]["rope_parameters"]["mrope_interleaved"] = True
+        images.patch_size = 16
+    if kind == "internvl":
+        text["text_config"] |= {"model_type": "qwen2", "rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}
+        images = GotOcr2ImageProcessorPil(size={"height": 112, "width": 112})
     torch.manual_seed(seed)
     kinds = AutoModelForImageTextToText if sees else AutoModelForCausalLM
     model = kinds.from_config(AutoConfig.for_model(kind, **text))
     with replacing(directory) as partial:
         (model if vocabulary_head else model.model).save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        if sees:  # at most 112 pixels square, 4 x 4 image tokens: enough to see coloured shapes, and quick on a CPU
-            size = {"shortest_edge": 56 * 56, "longest_edge": 112 * 112}
-            Qwen2VLImageProcessorPil(size=size).save_pretrained(partial)
+        if sees:
+            images.save_pretrained(partial)
     return Path(directory)

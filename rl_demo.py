@@ -413,7 +413,7 @@ def make_policy(cfg: Config, folder: Path, reward_model: RewardModel, rows=None)
     if sum(p.numel() for p in backbone.parameters()) > 20e6:
         raise ValueError(f"the reward model {cfg.reward_model[0]} is not a tiny one; name a --policy of its family")
     torch.manual_seed(cfg.seed)
-    kind = AutoModelForImageTextToText if hasattr(backbone, "visual") else AutoModelForCausalLM
+    kind = AutoModelForImageTextToText if hasattr(backbone.config, "vision_config") else AutoModelForCausalLM
     config = type(backbone.config).from_dict(backbone.config.to_dict())
     lm = kind.from_config(config, attn_implementation="branches", trust_remote_code=False)
     lm.model.load_state_dict(backbone.state_dict())
@@ -565,9 +565,9 @@ def main(cfg: Config) -> int:
     reference = Policy.from_pretrained(start, cfg.max_pixels, dtype).to(device).requires_grad_(False)
     ours = reference.processor
     for path, theirs in zip(paths, [reward_model.processor for reward_model in reward_models]):
-        blind = ours.image_processor is not None and theirs.image_processor is None
-        if blind or not ours.tokenizer.get_vocab().items() <= theirs.tokenizer.get_vocab().items():
-            raise ValueError(f"reward model {path} reads other tokens than policy {cfg.policy}, or no images")
+        other = ours.image_processor is not None and ours.family is not theirs.family
+        if other or not ours.tokenizer.get_vocab().items() <= theirs.tokenizer.get_vocab().items():
+            raise ValueError(f"reward model {path} reads other tokens than policy {cfg.policy}, other images or none")
     # C  What the steps share, and the examination before
     order = Order([[1] * len(learn)], [1.0], cfg.batch_size, cfg.seed)
     exam = read_prompts(rows, held[dist.get_rank()::dist.get_world_size()], ours)

@@ -33,6 +33,7 @@ import re
 import signal
 import sys
 import time
+import warnings
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -54,11 +55,11 @@ from transformers.hf_argparser import HfArg
 from data import BadRow, Order, read_comparisons, shuffle_images, synthetic, use_row
 from model import (CRITIQUE_TURN, Comparison, Pack, RewardModel, Score, answers_to, asked, encode, fill_packs,
                    judge_pair, margins_of, one_ahead, pack, pairwise_loss, recompute_activations, remove, replacing,
-                   score_of, tiny_backbone)
+                   score_of, tiny_backbone, vision_parts)
 
 @dataclass(frozen=True)
 class Config:
-    backbone: str = HfArg(default="tiny", help="'tiny' (made on the spot), a folder, or Qwen/Qwen2.5-VL-7B-Instruct")
+    backbone: str = HfArg(default="tiny", help="'tiny' (made on the spot; or of TINY), a folder, or a hub id")
     data: list[str] = HfArg(default_factory=list, help="data folders, with a weight if wanted: a b:2.0; none: drawn")
     eval_data: list[str] = HfArg(default_factory=list, help="folders; none: held_out.jsonl of --data, or rows of it")
     eval_size: int = HfArg(default=800, help="held-out comparisons: drawn, of held_out.jsonl, or a tenth of --data")
@@ -248,6 +249,8 @@ def learning_rate(step: int, steps: int, cfg: Config) -> float:
 # ======================================================================================================================
 # First reading ends here. Below: what a real run needs.
 # ======================================================================================================================
+TINY = {"tiny": "qwen2_5_vl", "tiny-qwen2-vl": "qwen2_vl", "tiny-qwen3-vl": "qwen3_vl", "tiny-internvl": "internvl",
+        "tiny-qwen2": "qwen2", "tiny-qwen3": "qwen3"}  # made on the spot; the last two read no images
 LOG2 = math.log(2)  # the loss of a model that knows nothing
 LOCK = ".run.lock"  # in a run folder while a run is under way, and after one that was killed
 LOCKS = []  # of the run folders that this process claimed, held until it ends
@@ -318,11 +321,16 @@ def distribute(model: RewardModel, device: torch.device, shard: str, product_dty
     first = dist.get_rank() == 0
     weights, buffers = (model.state_dict(), list(model.buffers())) if first else ({}, [])
     layers = list(getattr(model.to("meta").backbone, "language_model", model.backbone).layers)
-    for layer in layers + list(model.backbone.visual.blocks if hasattr(model.backbone, "visual") else ()):
-        for part in list(layer.modules()):
-            if part._parameters and not isinstance(part, torch.nn.Linear):
-                fully_shard(part, mesh=mesh, mp_policy=exact)
-        fully_shard(layer, mesh=mesh, mp_policy=products)
+    for part in vision_parts(model.backbone):
+        layers += [layer for stack in part.modules() if isinstance(stack, torch.nn.ModuleList) for layer in stack]
+    for layer in layers:
+        linear = [part for part in layer.modules() if isinstance(part, torch.nn.Linear)]
+        for part in [part for part in layer.modules() if part._parameters and part not in (layer, *linear)]:
+            fully_shard(part, mesh=mesh, mp_policy=exact)
+        if layer._parameters:  # the scales of InternVL's vision tower, which are no products; it adds nothing in place
+            warnings.filterwarnings("ignore", "FSDP2-wrapped module .FSDPLinear.*view tensor")
+            fully_shard(linear, mesh=mesh, mp_policy=products)
+        fully_shard(layer, mesh=mesh, mp_policy=exact if layer._parameters else products)
     fully_shard(model, mesh=mesh, mp_policy=exact).to_empty(device=device)
     dcp.set_model_state_dict(model, weights, options=FROM_FIRST)
     for b, buffer in enumerate(model.buffers()):  # those of RoPE, which no state dict holds
@@ -352,7 +360,7 @@ def stop_signals():
 # Settings, data and model --------------------------------------------------------------------------------------------
 def resolve(cfg: Config) -> Config:
     own = {"lr": 3e-6, "batch_size": 128, "max_pixels": 1280 * 28 * 28, "pack_tokens": 16384, "critique_tokens": 512}
-    if cfg.backbone == "tiny":
+    if cfg.backbone in TINY:
         own = {"lr": 6e-4, "batch_size": 32, "max_pixels": 112 * 112, "pack_tokens": 1024, "critique_tokens": 40}
     own["lr"] *= 10 if cfg.lora else 1  # see LowRank
     cfg = replace(cfg, **{name: value for name, value in own.items() if getattr(cfg, name) is None})
@@ -441,11 +449,11 @@ def make_model(cfg: Config, sets: list, device: torch.device) -> RewardModel:
     path = cfg.backbone
     if cfg.kind in ("critic", "think") and cfg.max_steps != 0 and not any(critiques_in(rows) for rows in sets):
         raise ValueError(f"--paradigm {cfg.paradigm} learns to write critiques, and the first rows of --data have none")
-    if path == "tiny":
+    if path in TINY:
         path = Path(cfg.out) / "tiny_backbone"
         if dist.get_rank() == 0:
             texts = [text for rows in sets for text in texts_of(rows, cfg.kind)]
-            tiny_backbone(path, texts, cfg.seed, vocabulary_head=cfg.kind != "naive")
+            tiny_backbone(path, texts, cfg.seed, TINY[cfg.backbone], vocabulary_head=cfg.kind != "naive")
         from_first(None)  # the others wait for it
     torch.manual_seed(cfg.seed)  # every rank draws the same head
     frozen = torch.bfloat16 if cfg.lora and device.type == "cuda" else torch.float32
@@ -456,8 +464,8 @@ def make_model(cfg: Config, sets: list, device: torch.device) -> RewardModel:
             add_lora(model, cfg.lora, cfg.lora_vision)
     if cfg.shard != "none":  # writing takes as many forwards as there are words, and ranks need not write equally many
         model.critiques = "given"
-    if cfg.freeze_vision and hasattr(model.backbone, "visual"):
-        model.backbone.visual.requires_grad_(False)
+    for part in vision_parts(model.backbone) if cfg.freeze_vision else ():
+        part.requires_grad_(False)
     if cfg.gradient_checkpointing:
         recompute_activations(model.backbone)
     return model
@@ -493,7 +501,7 @@ def add_lora(model: RewardModel, rank: int, vision: bool) -> None:
     for part in filter(None, (model.backbone, model.lm_head)):
         part.requires_grad_(False)
     parts = [getattr(model.backbone, "language_model", model.backbone)]
-    for part in parts + [model.backbone.visual] * (vision and hasattr(model.backbone, "visual")):
+    for part in parts + vision_parts(model.backbone) * vision:
         for layer in [layer for layer in part.modules() if isinstance(layer, torch.nn.Linear)]:
             a = layer.weight.new_empty(rank, layer.in_features, dtype=torch.float32)
             b = layer.weight.new_zeros(layer.out_features, rank, dtype=torch.float32)

@@ -32,11 +32,11 @@ def positions_of_video(ids: list[int], grids: list, backbone) -> torch.Tensor:
 def stock_inputs(items: list[Encoded], backbone) -> tuple[dict, torch.Tensor]:
     """What transformers' model takes for the rows of all responses, and the index of each row's last token."""
     rows, images, videos, positions = [], [], [], []
-    config, sees = backbone.config, hasattr(backbone, "visual")
+    config, sees, tiled = backbone.config, hasattr(backbone, "visual"), backbone.config.model_type == "internvl"
     for item in items:
-        patches = item.pixel_values.split(item.image_grid_thw.prod(dim=1).tolist())
         grids = item.image_grid_thw.tolist()
-        of_video, ids, g = [], item.prompt_ids, 0
+        patches = item.pixel_values.split([t if tiled else t * h * w for t, h, w in grids])
+        of_video, ids, g = [False] * len(grids) if tiled else [], item.prompt_ids, 0
         at = 0
         while sees and g < len(grids):
             if ids[at] in (config.image_token_id, config.video_token_id):
@@ -52,12 +52,13 @@ def stock_inputs(items: list[Encoded], backbone) -> tuple[dict, torch.Tensor]:
                 (videos if is_video else images).append((grid, part))
             if not sees:
                 positions.append(torch.arange(len(row)).expand(3, -1))
-            elif any(of_video):
+            elif any(of_video) and config.model_type != "qwen3_vl":
                 positions.append(positions_of_video(row.tolist(), grids, backbone))
             else:
-                grid = item.image_grid_thw if len(grids) else None
-                types = (row == config.image_token_id).int()[None]
-                positions.append(backbone.get_rope_index(row[None], types, image_grid_thw=grid)[0][:, 0])
+                of_kind = [[grid for grid, is_video in zip(grids, of_video) if is_video == kind] for kind in (False, True)]
+                image_grid, video_grid = (torch.tensor(found) if found else None for found in of_kind)
+                types = ((row == config.image_token_id).int() + 2 * (row == config.video_token_id).int())[None]
+                positions.append(backbone.get_rope_index(row[None], types, image_grid, video_grid)[0][:, 0])
     lengths = torch.tensor([len(row) for row in rows])
     device = next(backbone.parameters()).device
     inputs = {"input_ids": pad_sequence(rows, batch_first=True),
@@ -67,7 +68,7 @@ def stock_inputs(items: list[Encoded], backbone) -> tuple[dict, torch.Tensor]:
         inputs["position_ids"] = inputs["position_ids"][0]
     for found, grid, pixels in ((images, "image_grid_thw", "pixel_values"), (videos, "video_grid_thw", "pixel_values_videos")):
         if found:
-            inputs[grid] = torch.tensor([g for g, _ in found])
+            inputs |= {} if tiled else {grid: torch.tensor([g for g, _ in found])}
             inputs[pixels] = torch.cat([p for _, p in found])
     return {name: x.to(device) for name, x in inputs.items()}, (lengths - 1).to(device)
 

@@ -36,6 +36,7 @@ COMPARISONS = {  # one of each kind that the fast path must get right
     "one image": Comparison("<image>\nWhat colour?", ["red", "blue blue"], [(1, 0)], [picture()]),
     "several images": Comparison("A <image> and <image>, which is red?", ["first", "second one", "none"], [(0, 1), (0, 2)],
                                  [picture(), picture("blue", (168, 56))]),
+    "odd sizes": Comparison("<image><image>?", ["a", "b b", "c", "d"], [(0, 1), (2, 3)], [picture("red", (75, 131)), picture("blue", (97, 40))]),
     "a video": Comparison("<video>What moves?", ["nothing", "the colour does"], [(1, 0)], [moving(12)]),
     "image and video": Comparison("<image> or <video>?", ["a", "b b"], [(0, 1)], [picture("green"), moving(3)]),
 }
@@ -243,13 +244,13 @@ def test_attention_by_branches_and_by_table_is_attention_with_the_full_table(tin
 
 
 @pytest.mark.parametrize("small", [0, 256])
-@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen2_vl", "qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", [*m.FAMILIES, "qwen2", "qwen3"])
 def test_one_pack_equals_separate_padded_sequences(backbones, monkeypatch, kind, small):
     """Rewards within 1e-5 and gradients within 1e-5 of their norm, in fp32, for all kinds of comparison in one pack."""
     monkeypatch.setattr(m, "SMALL", small)
     torch.manual_seed(0)
     model = RewardModel.from_backbone(backbones(kind))
-    names = list(COMPARISONS) if kind.endswith("vl") else list(COMPARISONS)[:2]
+    names = list(COMPARISONS) if kind in m.FAMILIES else list(COMPARISONS)[:2]
     items = [encode(COMPARISONS[name], model.processor) for name in names]
     p, gradients = pack(items), []
     for rewards in (model(p)[0], stock_rewards(model, items)):
@@ -298,10 +299,10 @@ def test_recomputed_activations_give_the_same_gradient(tiny):
     assert layer.gradient_checkpointing and (gradients[0] - gradients[1]).norm() <= 1e-6 * gradients[0].norm()
 
 
-@pytest.mark.parametrize("small", [0, 256])
-def test_under_autocast_bf16_weights_compute_what_fp32_weights_of_the_same_values_do(backbones, monkeypatch, small):
+@pytest.mark.parametrize("kind, small", [("qwen2_5_vl", 0), ("qwen2_5_vl", 256), ("qwen3_vl", 256)])
+def test_under_autocast_bf16_weights_compute_what_fp32_weights_of_the_same_values_do(backbones, monkeypatch, kind, small):
     """So that on a GPU a frozen reference in bf16 gives, to the bit, what the fp32 policy gives that starts from the same checkpoint."""
-    whole, half = (RewardModel.from_backbone(backbones(), dtype=dtype).eval() for dtype in (torch.float32, torch.bfloat16))
+    whole, half = (RewardModel.from_backbone(backbones(kind), dtype=dtype).eval() for dtype in (torch.float32, torch.bfloat16))
     monkeypatch.setattr(m, "SMALL", small)
     for q in whole.parameters():
         q.data = q.data.bfloat16().float()

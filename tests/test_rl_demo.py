@@ -549,7 +549,7 @@ def test_bad_input_gets_one_line_that_says_what_to_do(whole_run, flags, reward_f
              ({"data": str(tmp_path / "no_image")}, "none.png does not exist"),
              ({"reward_model": [str(tmp_path)]}, "not a saved reward model"),
              ({"reward_model": ["runs/default"]}, "`python train.py --out runs/default` makes one"),
-             ({"reward_model": [str(tmp_path / "blind")]}, "or no images"),
+             ({"reward_model": [str(tmp_path / "blind")]}, "other images or none"),
              ({"reward_model": [str(tmp_path / "spoilt")]}, "what the examination gives is not finite")]
     for number, (change, message) in enumerate(cases):
         with pytest.raises(ValueError, match=message) as error:

@@ -57,53 +57,7 @@ from model import (CRITIQUE_TURN, Comparison, Pack, RewardModel, Score, answers_
                    judge_pair, margins_of, one_ahead, pack, pairwise_loss, recompute_activations, remove, replacing,
                    score_of, tiny_backbone, vision_parts)
 
-@dataclass(frozen=True)
-class Config:
-    backbone: str = HfArg(default="tiny", help="'tiny' (made on the spot; or of TINY), a folder, or a hub id")
-    data: list[str] = HfArg(default_factory=list, help="data folders, with a weight if wanted: a b:2.0; none: drawn")
-    eval_data: list[str] = HfArg(default_factory=list, help="folders; none: held_out.jsonl of --data, or rows of it")
-    eval_size: int = HfArg(default=800, help="held-out comparisons: drawn, of held_out.jsonl, or a tenth of --data")
-    out: str = HfArg(default="runs/default", help="run folder; the final reward model lies in it")
-    overwrite: bool = HfArg(default=False, help="delete the run that --out holds and start anew")
-    resume: bool = HfArg(default=False, help="go on from the checkpoint in --out")
-    seed: int = HfArg(default=0, help="of the head, the data's order, the tiny backbone and its pictures")
-    train_size: int = HfArg(default=14000, help="number of drawn comparisons, where --data is not given")
-    batch_size: int | None = HfArg(default=None, help="pairs per step over all ranks; 128 (paper), 32 for tiny")
-    lr: float | None = HfArg(default=None, help="peak learning rate; 3e-6 (paper, section 4.1), 6e-4 for tiny")
-    epochs: float = HfArg(default=1.0, help="passes over the data (paper: not given)")
-    max_steps: int | None = HfArg(default=None, help="end after so many steps; 0: save the model untrained")
-    warmup: float = HfArg(default=0.05, help="share of the steps in which the rate rises from 0 (paper: not given)")
-    weight_decay: float = HfArg(default=0.0, help="AdamW's decoupled decay (paper: not given)")
-    clip: float = HfArg(default=1.0, help="largest gradient norm (paper: not given)")
-    paradigm: Literal["naive", "critic", "generative"] = HfArg(default="naive", help="see model.py, 7 (Table 1)")
-    think: bool = HfArg(default=False, help="generative: with a chain of thought before the verdict, learnt by heart")
-    critique_coef: float = HfArg(default=1.0, help="weight of the cross entropy of critiques or thoughts (MM-RLHF: 1)")
-    critique_tokens: int | None = HfArg(default=None, help="of a critique or thought it writes; 512, 40 for tiny")
-    head_layers: int = HfArg(default=2, help="linear layers of the reward head (Table 2: 2 is best)")
-    head_activation: Literal["silu", "tanh", "relu", "none"] = HfArg(default="silu", help="between them (Table 2)")
-    zero_coef: float = HfArg(default=0.0, help="lambda of Algorithm 1's zero coefficient (section 4.3: it hurts)")
-    length_norm: bool = HfArg(default=False, help="Algorithm 1's division by log(length + 1) (section 4.3: it hurts)")
-    freeze_vision: bool = HfArg(default=False, help="do not train vision tower and merger (paper: not given)")
-    gradient_checkpointing: bool = HfArg(default=False, help="compute activations twice: less memory, a third slower")
-    lora: int = HfArg(default=0, help="train updates of this rank, not the weights: one card; 0: train all (paper)")
-    lora_vision: bool = HfArg(default=False, help="updates for the vision tower too, which --lora alone freezes")
-    shard: Literal["none", "all", "node"] = HfArg(
-        default="none", metadata={"nargs": "?", "const": "all"},
-        help="split weights and optimiser over all ranks (FSDP2; the 7B needs it), or over those of each node")
-    max_pixels: int | None = HfArg(default=None, help="of an image, 28 x 28 a token; 1003520, 12544 for tiny")
-    pack_tokens: int | None = HfArg(default=None, help="of a pack; longer comparisons drop; 16384, 1024 for tiny")
-    on_bad_row: Literal["stop", "skip"] = HfArg(default="stop", help="stop at a row that cannot be used, or count it")
-    eval_every: int = HfArg(default=200, help="steps between accuracies on 100 held-out comparisons; 0: at the end")
-    save_every: int = HfArg(default=500, help="steps between checkpoints; 0: one at the end, or when stopped")
-
-    @property
-    def kind(self) -> str:  # one of model.PARADIGMS
-        return "think" if self.think else self.paradigm.replace("generative", "direct")
-
-    def resolved(self) -> "Config":
-        return resolve(self)  # with the defaults that depend on the backbone filled in, and nonsense refused
-
-def main(cfg: Config) -> int:
+def main(cfg: "Config") -> int:
     # 1  Processes and seed
     begun, out, device = time.time(), Path(cfg.out), start_processes()
     claim_folder(out, cfg.overwrite, cfg.resume)
@@ -174,7 +128,7 @@ def main(cfg: Config) -> int:
     # 6  Final report
     return status or report(out, raw_model, held, begun, cfg)
 
-def load_step(step: int, order: Order, sets: list, processor, cfg: Config) -> SimpleNamespace:
+def load_step(step: int, order: Order, sets: list, processor, cfg: "Config") -> SimpleNamespace:
     """This rank's share of a step, read and packed. Every rank deals out the rows that (seed, step) names in the same
     way: none is taken twice, none is left out, and no rank need ask another."""
     good, bad_rows, too_long, status = [], 0, 0, 0
@@ -202,7 +156,7 @@ def to_learn(comparison: Comparison, processor, dice: random.Random) -> list:
     orders = [pair if dice.random() < 0.5 else pair[::-1] for pair in comparison.pairs]
     return [encode(judge_pair(comparison, *order, processor.paradigm == "think"), processor) for order in orders]
 
-def take_step(model, optimizer, packs: list[Pack], filler: Pack, micro_steps: int, pairs: int, texts: int, cfg: Config):
+def take_step(model, optimizer, packs: list[Pack], filler: Pack, micro_steps: int, pairs: int, texts: int, cfg):
     """One step of the optimiser, which learns from so many pairs and texts on all ranks. Returns sums over this rank's,
     [loss of equation (1), right pairs, margins, cross entropies of texts], and the norm of the gradient.
 
@@ -235,7 +189,7 @@ def take_step(model, optimizer, packs: list[Pack], filler: Pack, micro_steps: in
     optimizer.zero_grad(set_to_none=True)
     return sums.tolist(), norm
 
-def learning_rate(step: int, steps: int, cfg: Config) -> float:
+def learning_rate(step: int, steps: int, cfg: "Config") -> float:
     """Rises in a straight line over the warm-up, then falls as half a cosine; the step after the last would have 0.
 
     >>> [round(learning_rate(s, 10, Config(lr=1.0, warmup=0.2)), 2) for s in (0, 1, 2, 6, 9)]
@@ -249,6 +203,66 @@ def learning_rate(step: int, steps: int, cfg: Config) -> float:
 # ======================================================================================================================
 # First reading ends here. Below: what a real run needs.
 # ======================================================================================================================
+@dataclass(frozen=True)
+class Config:
+    backbone: str = HfArg(default="tiny", help="'tiny' (made on the spot; or of TINY), a folder, or a hub id")
+    data: list[str] = HfArg(default_factory=list, help="data folders, with a weight if wanted: a b:2.0; none: drawn")
+    eval_data: list[str] = HfArg(default_factory=list, help="folders; none: held_out.jsonl of --data, or rows of it")
+    eval_size: int = HfArg(default=800, help="held-out comparisons: drawn, of held_out.jsonl, or a tenth of --data")
+    out: str = HfArg(default="runs/default", help="run folder; the final reward model lies in it")
+    overwrite: bool = HfArg(default=False, help="delete the run that --out holds and start anew")
+    resume: bool = HfArg(default=False, help="go on from the checkpoint in --out")
+    seed: int = HfArg(default=0, help="of the head, the data's order, the tiny backbone and its pictures")
+    train_size: int = HfArg(default=14000, help="number of drawn comparisons, where --data is not given")
+    batch_size: int | None = HfArg(default=None, help="pairs per step over all ranks; 128 (paper), 32 for tiny")
+    lr: float | None = HfArg(default=None, help="peak learning rate; 3e-6 (paper, section 4.1), 6e-4 for tiny")
+    epochs: float = HfArg(default=1.0, help="passes over the data (paper: not given)")
+    max_steps: int | None = HfArg(default=None, help="end after so many steps; 0: save the model untrained")
+    warmup: float = HfArg(default=0.05, help="share of the steps in which the rate rises from 0 (paper: not given)")
+    weight_decay: float = HfArg(default=0.0, help="AdamW's decoupled decay (paper: not given)")
+    clip: float = HfArg(default=1.0, help="largest gradient norm (paper: not given)")
+    paradigm: Literal["naive", "critic", "generative"] = HfArg(default="naive", help="see model.py, 7 (Table 1)")
+    think: bool = HfArg(default=False, help="generative: with a chain of thought before the verdict, learnt by heart")
+    critique_coef: float = HfArg(default=1.0, help="weight of the cross entropy of critiques or thoughts (MM-RLHF: 1)")
+    critique_tokens: int | None = HfArg(default=None, help="of a critique or thought it writes; 512, 40 for tiny")
+    head_layers: int = HfArg(default=2, help="linear layers of the reward head (Table 2: 2 is best)")
+    head_activation: Literal["silu", "tanh", "relu", "none"] = HfArg(default="silu", help="between them (Table 2)")
+    zero_coef: float = HfArg(default=0.0, help="lambda of Algorithm 1's zero coefficient (section 4.3: it hurts)")
+    length_norm: bool = HfArg(default=False, help="Algorithm 1's division by log(length + 1) (section 4.3: it hurts)")
+    freeze_vision: bool = HfArg(default=False, help="do not train vision tower and merger (paper: not given)")
+    gradient_checkpointing: bool = HfArg(default=False, help="compute activations twice: less memory, a third slower")
+    lora: int = HfArg(default=0, help="train updates of this rank, not the weights: one card; 0: train all (paper)")
+    lora_vision: bool = HfArg(default=False, help="updates for the vision tower too, which --lora alone freezes")
+    shard: Literal["none", "all", "node"] = HfArg(
+        default="none", metadata={"nargs": "?", "const": "all"},
+        help="split weights and optimiser over all ranks (FSDP2; the 7B needs it), or over those of each node")
+    max_pixels: int | None = HfArg(default=None, help="of an image, 28 x 28 a token; 1003520, 12544 for tiny")
+    pack_tokens: int | None = HfArg(default=None, help="of a pack; longer comparisons drop; 16384, 1024 for tiny")
+    on_bad_row: Literal["stop", "skip"] = HfArg(default="stop", help="stop at a row that cannot be used, or count it")
+    eval_every: int = HfArg(default=200, help="steps between accuracies on 100 held-out comparisons; 0: at the end")
+    save_every: int = HfArg(default=500, help="steps between checkpoints; 0: one at the end, or when stopped")
+
+    @property
+    def kind(self) -> str:  # one of model.PARADIGMS
+        return "think" if self.think else self.paradigm.replace("generative", "direct")
+
+    def resolved(self) -> "Config":  # with the defaults that depend on the backbone filled in, and nonsense refused
+        own = dict(lr=3e-6, batch_size=128, max_pixels=1280 * 28 * 28, pack_tokens=16384, critique_tokens=512)
+        if self.backbone in TINY:
+            own = dict(lr=6e-4, batch_size=32, max_pixels=112 * 112, pack_tokens=1024, critique_tokens=40)
+        own["lr"] *= 10 if self.lora else 1  # see LowRank
+        cfg = replace(self, **{name: value for name, value in own.items() if getattr(self, name) is None})
+        check_numbers(cfg, above_zero=[*own, "epochs", "clip", "train_size", "head_layers"],
+                      not_negative=["warmup", "weight_decay", "critique_coef", "max_steps", "eval_size", "eval_every",
+                                    "save_every", "lora"])
+        if cfg.think and cfg.paradigm != "generative" or cfg.length_norm and cfg.paradigm != "naive":
+            raise ValueError(f"--paradigm {cfg.paradigm}: --think is generative, and --length_norm naive (Algorithm 1)")
+        if cfg.lora_vision and (cfg.freeze_vision or not cfg.lora):
+            raise ValueError("--lora_vision trains updates in the vision tower: with --lora, without --freeze_vision")
+        if cfg.warmup > 1 or cfg.epochs > 1000:
+            raise ValueError(f"--warmup {cfg.warmup:g} is a share, at most 1; --epochs {cfg.epochs:g}: at most 1000")
+        return cfg
+
 TINY = {"tiny": "qwen2_5_vl", "tiny-qwen2-vl": "qwen2_vl", "tiny-qwen3-vl": "qwen3_vl", "tiny-internvl": "internvl",
         "tiny-qwen2": "qwen2", "tiny-qwen3": "qwen3"}  # made on the spot; the last two read no images
 LOG2 = math.log(2)  # the loss of a model that knows nothing
@@ -358,23 +372,6 @@ def stop_signals():
             signal.signal(number, handler)
 
 # Settings, data and model --------------------------------------------------------------------------------------------
-def resolve(cfg: Config) -> Config:
-    own = {"lr": 3e-6, "batch_size": 128, "max_pixels": 1280 * 28 * 28, "pack_tokens": 16384, "critique_tokens": 512}
-    if cfg.backbone in TINY:
-        own = {"lr": 6e-4, "batch_size": 32, "max_pixels": 112 * 112, "pack_tokens": 1024, "critique_tokens": 40}
-    own["lr"] *= 10 if cfg.lora else 1  # see LowRank
-    cfg = replace(cfg, **{name: value for name, value in own.items() if getattr(cfg, name) is None})
-    check_numbers(cfg, above_zero=[*own, "epochs", "clip", "train_size", "head_layers"],
-                  not_negative=["warmup", "weight_decay", "critique_coef", "max_steps", "eval_size", "eval_every",
-                                "save_every", "lora"])
-    if cfg.think and cfg.paradigm != "generative" or cfg.length_norm and cfg.paradigm != "naive":
-        raise ValueError(f"--paradigm {cfg.paradigm}: --think is generative, and --length_norm naive (Algorithm 1)")
-    if cfg.lora_vision and (cfg.freeze_vision or not cfg.lora):
-        raise ValueError("--lora_vision trains updates in the vision tower: it needs --lora, and not --freeze_vision")
-    if cfg.warmup > 1 or cfg.epochs > 1000:
-        raise ValueError(f"--warmup {cfg.warmup:g} is a share, at most 1; --epochs {cfg.epochs:g}: at most 1000")
-    return cfg
-
 def check_numbers(cfg, above_zero=(), not_negative=()) -> None:
     """ValueError that names the flag of a number that is not finite, beyond 1e12, or of the wrong sign. None passes."""
     for name, value in vars(cfg).items():

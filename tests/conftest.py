@@ -70,7 +70,7 @@ def begun(request, one_thread, tmp_path_factory, backbones):
     """{name: future of (folder, process)}, or the error of making what the command needs."""
     def run(folder, words):
         environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        words = ["nice", "-n", "10", *words]  # the tests never wait for a core; what is left over, and their pauses, is enough
+        words = ["nice", "-n", "10", *words]  # one core for the tests, and for these what is left
         return folder, subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
     found = dict.fromkeys(name for item in request.session.items for name in item.fixturenames if name in COMMANDS)
@@ -82,6 +82,7 @@ def begun(request, one_thread, tmp_path_factory, backbones):
             except Exception as error:  # of the tests that ask for it, not of all
                 found[name] = error
         yield found
+        pool.shutdown(cancel_futures=True)  # where the tests were stopped
 
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

@@ -1,5 +1,5 @@
-"""What the tests share: the scripts on the path, one tiny reward model with random weights, and commands that run beside
-the tests."""
+"""What the tests share: the scripts on the path, one tiny reward model with random weights, and commands that run
+beside the tests."""
 import os
 import subprocess
 import sys
@@ -51,9 +51,8 @@ COMMANDS = {}  # {name of a fixture: function(folder, backbones) that makes what
 def command(make):
     """Turns such a function into a fixture: the folder, and the process when it has ended.
 
-    A test takes one core and a command whatever it likes, so all commands that the chosen tests ask for begin before the
-    first test, two at a time. What is made for them is made before, too: the random numbers of torch are shared by all
-    threads."""
+    A test takes one core, so all commands that the chosen tests ask for begin before the first test, two at a time. What
+    is made for them is made before, too: the random numbers of torch are shared by all threads."""
     COMMANDS[make.__name__] = make
 
     @pytest.fixture(scope="session", name=make.__name__)

@@ -51,8 +51,8 @@ COMMANDS = {}  # {name of a fixture: function(folder, backbones) that makes what
 def command(make):
     """Turns such a function into a fixture: the folder, and the process when it has ended.
 
-    A test takes one core, so all commands that the chosen tests ask for begin before the first test, two at a time. What
-    is made for them is made before, too: the random numbers of torch are shared by all threads."""
+    A test takes one core, so all commands that the chosen tests ask for begin before the first test, two at a time.
+    What is made for them is made before, too: the random numbers of torch are shared by all threads."""
     COMMANDS[make.__name__] = make
 
     @pytest.fixture(scope="session", name=make.__name__)

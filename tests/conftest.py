@@ -1,5 +1,5 @@
-"""What the tests share: the scripts on the path, one tiny reward model with random weights, and commands that run beside
-the tests."""
+"""What the tests share: the scripts on the path, one tiny reward model with random weights, and commands that run
+beside the tests."""
 import os
 import subprocess
 import sys
@@ -51,9 +51,8 @@ COMMANDS = {}  # {name of a fixture: function(folder, backbones) that makes what
 def command(make):
     """Turns such a function into a fixture: the folder, and the process when it has ended.
 
-    A test takes one core and a command whatever it likes, so all commands that the chosen tests ask for begin before the
-    first test, two at a time. What is made for them is made before, too: the random numbers of torch are shared by all
-    threads."""
+    A test takes one core, so all commands that the chosen tests ask for begin before the first test, two at a time.
+    What is made for them is made before, too: the random numbers of torch are shared by all threads."""
     COMMANDS[make.__name__] = make
 
     @pytest.fixture(scope="session", name=make.__name__)
@@ -70,7 +69,7 @@ def begun(request, one_thread, tmp_path_factory, backbones):
     """{name: future of (folder, process)}, or the error of making what the command needs."""
     def run(folder, words):
         environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        words = ["nice", "-n", "10", *words]  # the tests never wait for a core; what is left over, and their pauses, is enough
+        words = ["nice", "-n", "10", *words]  # one core for the tests, and for these what is left
         return folder, subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
     found = dict.fromkeys(name for item in request.session.items for name in item.fixturenames if name in COMMANDS)
@@ -82,6 +81,7 @@ def begun(request, one_thread, tmp_path_factory, backbones):
             except Exception as error:  # of the tests that ask for it, not of all
                 found[name] = error
         yield found
+        pool.shutdown(cancel_futures=True)  # where the tests were stopped
 
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

@@ -98,9 +98,10 @@ def test_of_a_video_no_more_than_two_frames_are_held_decoded(tiny, monkeypatch):
     """And the patches are those of all frames given to the processor at once."""
     opened, real = [], m.open_frames
     monkeypatch.setattr(m, "open_frames", lambda frames: opened.append(len(frames)) or real(frames))
-    frames, processor = [Image.effect_noise((150, 90), 80).convert("RGB") for _ in range(5)], tiny.processor.image_processor
+    frames = [Image.effect_noise((150, 90), 80).convert("RGB") for _ in range(5)]
+    processor = tiny.processor.image_processor
     patches, grid = m.cut_into_patches(frames, processor)
-    budget = {"shortest_edge": 56 * 56, "longest_edge": 56 * 56}  # an eighth of 112 * 112, and no less than an image's least
+    budget = {"shortest_edge": 56 * 56, "longest_edge": 56 * 56}  # an eighth of 112 * 112, but no less than the least
     once = processor(images=[*frames, frames[-1]], size=budget, return_tensors="pt")["pixel_values"]
     once = once.view(3, 2, -1, 3, 2, 14 * 14)  # (two frames, frame, patch, channel, moment, pixels)
     assert opened == [2, 2, 1] and grid[0] == 3

@@ -405,8 +405,8 @@ def test_a_resumed_run_does_not_keep_the_checkpoint_that_it_replaces(flags, tmp_
     with monkeypatch.context() as patch:
         patch.setattr(rl, "stop_signals", stop_after_two_steps)
         assert rl.main(cfg) == 128 + 15
-    mapped, real = [], rl.grpo_step
-    monkeypatch.setattr(rl, "grpo_step", lambda *a: mapped.append("checkpoint.pt" in open("/proc/self/maps").read()) or real(*a))
+    mapped, real, maps = [], rl.grpo_step, Path("/proc/self/maps")
+    monkeypatch.setattr(rl, "grpo_step", lambda *a: mapped.append("checkpoint.pt" in maps.read_text()) or real(*a))
     assert rl.main(replace(cfg, resume=True)) == 0 and mapped == [False] * 2
 
 

@@ -209,8 +209,8 @@ for script in scripts:
 
 @command
 def forks(folder, backbones):
-    """Each recipe applied to a copy of the project as it stands in the README; then one process, which loads torch once,
-    tries them."""
+    """Each recipe applied to a copy of the project as it stands in the README; then one process, which loads torch
+    once, tries them."""
     for recipe in RECIPES:
         script, home = script_of(recipe), folder / script_of(recipe)
         home.mkdir()

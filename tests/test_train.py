@@ -13,6 +13,7 @@ import time
 import traceback
 from collections import Counter
 from dataclasses import asdict, replace
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -361,8 +362,8 @@ def test_a_resumed_run_does_not_keep_the_checkpoint_that_it_replaces(cfg, monkey
     with monkeypatch.context() as patch:
         patch.setattr(train, "learning_rate", stop_after(2))
         assert main(cfg) == 128 + signal.SIGTERM
-    mapped, real = [], train.take_step
-    monkeypatch.setattr(train, "take_step", lambda *a: mapped.append("checkpoint.pt" in open("/proc/self/maps").read()) or real(*a))
+    mapped, real, maps = [], train.take_step, Path("/proc/self/maps")
+    monkeypatch.setattr(train, "take_step", lambda *a: mapped.append("checkpoint.pt" in maps.read_text()) or real(*a))
     assert main(replace(cfg, resume=True)) == 0 and mapped == [False] * 3
 
 

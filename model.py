@@ -116,12 +116,7 @@ def encode(comparison: Comparison, processor: "Processor") -> Encoded:
     patches = torch.cat([torch.zeros(0), *(patches for patches, *_ in read)])  # of no shape, it fits any
     item = Encoded(prompt_ids, response_ids, [tuple(pair) for pair in comparison.pairs], patches,
                    torch.tensor(grids, dtype=torch.long).view(-1, 3), positions)
-    if processor.paradigm == "think":  # the whole response is what it learns to write
-        return replace(item, learnt=[len(ids) for ids in response_ids])
-    if processor.paradigm == "critic" and comparison.critiques:
-        critiques = [processor.ids_of(text) if text.strip() else None for text in comparison.critiques]
-        return with_critiques(item, critiques, processor)
-    return item
+    return with_texts_to_learn(item, comparison, processor)  # of critics and thinking judges: section 7
 
 def read_qwen2(source, image_processor) -> tuple[torch.Tensor, list, str]:
     """A picture or video for Qwen2.5-VL: its patches, its grid, and the tokens that take the place of its mark."""
@@ -471,6 +466,14 @@ FAMILIES = {"qwen2_vl": QWEN2, "qwen2_5_vl": QWEN2,  # by config.model_type
             "qwen3_vl": Family((IMAGE_PAD, VIDEO_PAD), open_qwen, read_qwen3, see_qwen, (4, 3 * 2 * 16 * 16)),
             "internvl": Family(("<IMG_CONTEXT>",), open_internvl, read_internvl, see_internvl, (1, 3, 28, 28),
                                re.compile("(?:<image>|<video>)\n?"))}
+
+def with_texts_to_learn(item: Encoded, comparison: Comparison, processor: "Processor") -> Encoded:
+    if processor.paradigm == "think":  # the whole response
+        return replace(item, learnt=[len(ids) for ids in item.response_ids])
+    if processor.paradigm == "critic" and comparison.critiques:
+        critiques = [processor.ids_of(text) if text.strip() else None for text in comparison.critiques]
+        return with_critiques(item, critiques, processor)
+    return item
 
 # Prompts and texts ----------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)

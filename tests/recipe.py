@@ -14,9 +14,12 @@ import argparse
 import contextlib
 import itertools
 import json
+import os
+import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
@@ -37,29 +40,26 @@ HELD = 300  # comparisons that every model is measured on
 
 
 def script(here: Path, name: str, *words) -> None:
-    """Runs a script as a user would; its output goes to log.txt."""
+    """Runs a script as a user would, on one thread; its output goes to log.txt."""
     command = [sys.executable, ROOT / name, *(str(word) for part in words for word in str(part).split())]
     with open(here / "log.txt", "a", encoding="utf-8") as log:
         log.write(f"\n$ {' '.join(map(str, command))}\n")
         log.flush()
-        if subprocess.run(command, stdout=log, stderr=log, cwd=ROOT).returncode:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        if subprocess.run(command, stdout=log, stderr=log, cwd=ROOT, env=environment).returncode:
             raise SystemExit(f"{name} {' '.join(map(str, words))} failed; its words are at the end of {here / 'log.txt'}")
 
 
-def stand_in(here: Path, seed: int, options) -> Path:
-    """In place of a pretrained model: a tiny one that can say what is in a picture."""
-    folder = here / "stand_in"
-    if not folder.exists():
-        rows, began = data.synthetic(2000, seed), time.time()
-        random = here / "random"
-        if not random.exists():
-            tiny_backbone(random, train.texts_of(rows, "think"), seed)
-        taught = [replace(c, prompt=f"{c.prompt} One of: {', '.join(c.responses)}.") if i % 2 else c for i, c in enumerate(
-            data.synthetic(options.stand_in_steps * 16, 2_000_000 + seed))]  # questions, and questions with a choice
-        cfg = rl_demo.Config(seed=seed, sft_steps=options.stand_in_steps)
-        rl_demo.make_policy(cfg, folder, RewardModel.from_backbone(random, max_pixels=12544), taught)
-        (here / "stand_in.json").write_text(json.dumps({"seconds": time.time() - began}))
-    return folder
+def make_stand_in(folder: Path, seed: int, steps: int) -> None:
+    """In place of a pretrained model: a tiny one that was fine-tuned to say what is in a picture, and, of the responses
+    to half of the questions, which one is right."""
+    random = folder.parent / "random"
+    if not random.exists():
+        tiny_backbone(random, train.texts_of(data.synthetic(2000, seed), "think"), seed)
+    taught = [replace(c, prompt=f"{c.prompt} One of: {', '.join(c.responses)}.") if i % 2 else c
+              for i, c in enumerate(data.synthetic(steps * 16, 2_000_000 + seed))]
+    model = RewardModel.from_backbone(random, max_pixels=12544)
+    rl_demo.make_policy(rl_demo.Config(seed=seed, sft_steps=steps), folder, model, taught)
 
 
 def training(here: Path, name: str, seed: int, options, *flags) -> list:
@@ -159,6 +159,8 @@ def cell(here: Path, row: tuple, options) -> dict:
     name, _, commands, models, flags = row
     began = time.time()
     for command in commands:
+        if "--out" in command:  # what was left of a cell that was stopped
+            shutil.rmtree(command[command.index("--out") + 1], ignore_errors=True)
         script(here, *command)
     trained = time.time() - began
     held, out = here.parent / "held", here / "results" / name.replace(" ", "_")
@@ -181,6 +183,23 @@ def cell(here: Path, row: tuple, options) -> dict:
             "by_category": {key: f["value"] for key, f in found["figures"].items() if key != "accuracy"}}
 
 
+def cells_of(here: Path, seed: int, options, bar) -> dict:
+    """{row: its cell} of one seed; those that are finished are read."""
+    here.mkdir(exist_ok=True)
+    if options.table in ("1", "2", "algorithm1", "4") and not (here / "stand_in").exists():
+        script(here, "tests/recipe.py", "--stand_in", here / "stand_in", "--seeds", seed, "--stand_in_steps",
+               options.stand_in_steps)
+    rows = [row for row in TABLES[options.table](here, seed, options) if options.only in row[0]]
+    bar.total, found = (bar.total or 0) + len(rows), {}
+    for row in rows:
+        file = here / f"{row[0].replace(' ', '_')}.json"
+        if not file.exists():
+            file.write_text(json.dumps(cell(here, row, options)))
+        found[row[0]] = json.loads(file.read_text())
+        bar.update()
+    return found
+
+
 TABLES = {"1": table_1, "2": table_2, "algorithm1": algorithm_1, "4": table_4, "6": table_6, "7": table_7}
 
 
@@ -188,30 +207,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", choices=list(TABLES), default="1")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--rows", type=int, default=4000, help="comparisons each model is trained on")
+    parser.add_argument("--rows", type=int, default=3000, help="comparisons each model is trained on")
     parser.add_argument("--stand_in_steps", type=int, default=1500, help="of fine-tuning, 16 answers each")
     parser.add_argument("--rl_steps", type=int, default=60, help="of GRPO, 16 prompts each")
     parser.add_argument("--lr", default="6e-4")
     parser.add_argument("--out", default="runs/recipe")
     parser.add_argument("--only", default="", help="rows whose name holds this")
+    parser.add_argument("--jobs", type=int, default=2, help="seeds at a time, each on one thread")
+    parser.add_argument("--stand_in", default="", help=argparse.SUPPRESS)  # folder in which to make it
     options = parser.parse_args()
+    if options.stand_in:
+        return make_stand_in(Path(options.stand_in), options.seeds[0], options.stand_in_steps)
     out = Path(options.out).resolve() / f"table{options.table}"
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "held").exists():
         data.write_comparisons(out / "held", data.synthetic(HELD, held_out=True), bar=False)
-    found, work = {}, []
-    for seed in options.seeds:
-        here = out / str(seed)
-        here.mkdir(exist_ok=True)
-        rows = TABLES[options.table](here, seed, options)
-        work += [(here, seed, row) for row in rows if options.only in row[0]]
-    for here, seed, row in tqdm(work, "cells"):
-        file = here / f"{row[0].replace(' ', '_')}.json"
-        if not file.exists():
-            if options.table in ("1", "2", "algorithm1", "4"):
-                stand_in(here, seed, options)
-            file.write_text(json.dumps(cell(here, row, options)))
-        found.setdefault(row[0], []).append(json.loads(file.read_text()))
+    with ThreadPoolExecutor(options.jobs) as pool, tqdm(desc="cells", unit="cell") as bar:
+        runs = list(pool.map(lambda seed: cells_of(out / str(seed), seed, options, bar), options.seeds))
+    found = {name: [cells[name] for cells in runs] for name in runs[0]}
+    rows = TABLES[options.table](out / str(options.seeds[0]), options.seeds[0], options)
     print(evaluate.markdown(lines(rows, found)))
 
 

@@ -292,7 +292,8 @@ def test_the_two_changes_of_stablereinforce():
 
 
 @pytest.mark.parametrize("words, do", [
-    ("none", lambda w, t, ms: train.make_model(config(w, t, paradigm="critic"), [[Comparison("?", ["a", "b"], [(0, 1)])]])),
+    ("none", lambda w, t, ms: train.make_model(config(w, t, paradigm="critic"), [[Comparison("?", ["a", "b"], [(0, 1)])]],
+                                               torch.device("cpu"))),
     ("want 2 or more", lambda w, t, ms: ms["direct"].score("?", ["alone"])),
     ("asked for as a naive", lambda w, t, ms: (ms["critic"].save_pretrained(t), RewardModel.from_pretrained(t, paradigm="naive"))),
     ("--think is generative", lambda w, t, ms: config(w, t, think=True)),

@@ -205,7 +205,7 @@ def learning_rate(step: int, steps: int, cfg: "Config") -> float:
 # ======================================================================================================================
 @dataclass(frozen=True)
 class Config:
-    backbone: str = HfArg(default="tiny", help="'tiny' (made on the spot; or of TINY), a folder, or a hub id")
+    backbone: str = HfArg(default="tiny", help="tiny, tiny-qwen3-vl, tiny-internvl (made here), a folder or a hub id")
     data: list[str] = HfArg(default_factory=list, help="data folders, with a weight if wanted: a b:2.0; none: drawn")
     eval_data: list[str] = HfArg(default_factory=list, help="folders; none: held_out.jsonl of --data, or rows of it")
     eval_size: int = HfArg(default=800, help="held-out comparisons: drawn, of held_out.jsonl, or a tenth of --data")

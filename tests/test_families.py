@@ -335,6 +335,23 @@ def test_each_family_trains_frozen_and_sharded_and_is_a_policy(kind, tmp_path):
     assert json.loads((tmp_path / "rl" / "summary.json").read_text())["n"] == 4
 
 
+def test_a_sharded_tower_of_internvl_computes_with_the_very_scales_of_an_unsharded_one(backbones):
+    """They lie in its layers themselves and are no products: gathered in bf16, a small update of them would not be felt."""
+    train.start_processes()
+    found = []
+    for shard in (False, True):
+        model = RewardModel.from_backbone(backbones("internvl"))
+        for name, p in model.named_parameters():
+            if "lambda" in name:
+                p.data.fill_(1.003)  # 1.0 in bf16
+        pixels = encode(COMPARISONS["one image"], model.processor).pixel_values
+        model.forward = lambda pixels, of=model.backbone: m.see_internvl(of, pixels, None)[0]
+        model = train.distribute(model, True, torch.bfloat16) if shard else model
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(model(pixels).detach())
+    assert torch.equal(*found)
+
+
 def test_members_of_an_ensemble_each_encode_for_themselves(backbones, tmp_path):
     """Three families and a text-only model vote, as in Table 7; each gives the rewards that it gives alone."""
     rows, members = synthetic(12, seed=3), {}

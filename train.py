@@ -6,8 +6,7 @@ Read: `main` and on to the double line, 12 minutes, after Comparison, pack, pair
     torchrun train.py --data FOLDER --out runs/mine             the same tiny model on your own rows (format: data.py)
     torchrun --nproc_per_node 8 train.py --backbone Qwen/Qwen2.5-VL-7B-Instruct --shard --gradient_checkpointing \\
              --data FOLDER OTHER:2.0 --out runs/7b              the real thing; OTHER is seen twice
-    torchrun train.py --backbone Qwen/Qwen2.5-VL-3B-Instruct --lora 16 --gradient_checkpointing --pack_tokens 4096 \\
-             --data FOLDER --out runs/3b                        one card of 24 GB: updates of rank 16 alone
+    torchrun train.py --backbone Qwen/Qwen2.5-VL-3B-Instruct --lora 16 --gradient_checkpointing --data FOLDER  (24 GB)
     torchrun train.py --resume                                  goes on where a stopped run left off
 
 Into --out go the reward model (RewardModel.from_pretrained loads it), metrics.jsonl, a line a step, its picture
@@ -80,9 +79,8 @@ class Config:
     gradient_checkpointing: bool = HfArg(default=False, help="compute activations twice: less memory, a third slower")
     lora: int = HfArg(default=0, help="train updates of this rank, not the weights: one card; 0: train all (paper)")
     lora_vision: bool = HfArg(default=False, help="updates for the vision tower too, which --lora alone freezes")
-    shard: Literal["none", "all", "node"] = HfArg(
-        default="none", metadata={"nargs": "?", "const": "all"},
-        help="split weights and optimiser over all ranks (FSDP2; the 7B needs it), or over those of each node")
+    shard: str = HfArg(default="none", metadata={"nargs": "?", "const": "all", "choices": ["none", "all", "node"]},
+                       help="split weights and optimiser over all ranks (FSDP2; the 7B needs it), or over a node's")
     max_pixels: int | None = HfArg(default=None, help="of an image, 28 x 28 a token; 1003520, 12544 for tiny")
     pack_tokens: int | None = HfArg(default=None, help="of a pack; longer comparisons drop; 16384, 1024 for tiny")
     on_bad_row: Literal["stop", "skip"] = HfArg(default="stop", help="stop at a row that cannot be used, or count it")
@@ -127,8 +125,9 @@ def main(cfg: Config) -> int:
             # What all ranks must agree upon: what to divide by, how many micro-steps to make, whether to go on
             stop = share.status or (128 + told.number if told.number else 0)  # as a shell tells of a signal
             counts = gather([share.pairs, share.tokens, share.bad_rows, share.too_long, len(share.packs), stop])
-            pairs, tokens, bad_rows, too_long, packs = counts[:, :5].sum(dim=0).long().tolist()
+            pairs, tokens, bad_rows, too_long = counts[:, :4].sum(dim=0).long().tolist()
             micro_steps, status = counts[:, 4:].amax(dim=0).long().tolist()
+            fillers = int((micro_steps - counts[:, 4]).sum())  # micro-steps of ranks that had no pack left
             if status:
                 break
             optimizer.param_groups[0]["lr"] = lr = learning_rate(share.step, steps, cfg)
@@ -136,8 +135,7 @@ def main(cfg: Config) -> int:
             step = state["step"] = share.step + 1
             loss, right, margin = (gather(sums).sum(dim=0) / max(pairs, 1)).tolist()
             row = {"step": step, "loss": loss, "accuracy": right, "margin": margin, "grad_norm": norm, "lr": lr,
-                   "pairs": pairs, "tokens": tokens, "bad_rows": bad_rows, "too_long": too_long,
-                   "fillers": micro_steps * len(counts) - packs,
+                   "pairs": pairs, "tokens": tokens, "bad_rows": bad_rows, "too_long": too_long, "fillers": fillers,
                    "seconds": time.time() - started, "gpu_gb": torch.cuda.max_memory_allocated() / 1e9}
             if held and cfg.eval_every and step % cfg.eval_every == 0 and step < steps:
                 row["eval_accuracy"] = examine(raw_model, held, cfg)

@@ -130,8 +130,9 @@ def test_two_ranks_take_the_step_of_one(two_ranks, backbones, drawn):
 def test_a_sharded_model_computes_with_the_very_weights_of_an_unsharded_one(two_ranks):
     """Autocast rounds the weights of products to bf16 and nothing else: so must what FSDP gathers, or small updates of
     norms would be saved and never felt."""
-    plain, sharded = two_ranks[1]["bf16"]
-    assert torch.equal(plain, sharded)
+    for kind in ("bf16", "bf16 lora"):  # frozen in bf16, what is trained in fp32
+        (plain, norm), (sharded, sharded_norm) = two_ranks[1][kind]
+        assert torch.equal(plain, sharded) and sharded_norm == pytest.approx(norm, rel=1e-2)
 
 
 def test_two_ranks_end_where_one_ends(two_ranks):
@@ -486,6 +487,14 @@ def test_a_run_with_lora_trains_updates_and_head_alone_and_resumes_bit_for_bit(c
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
     learnt = {name for name in base if not torch.equal(whole[name], base[name])}
     assert set(base) < set(whole) and len(learnt) == 7 * 4 and all("_proj.weight" in name for name in learnt)
+    for folder, steps in (("whole", [None]), ("parts", [2, None])):  # sharded: checkpoints in parts
+        for stop in steps:
+            with monkeypatch.context() as patch:
+                if stop:
+                    patch.setattr(train, "learning_rate", stop_after(stop))
+                main(replace(low, out=str(tmp_path / folder), shard="all", max_steps=4, resume=True))
+    whole, resumed = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
     eyes = replace(low, overwrite=True, lora_vision=True, max_steps=1)
     assert main(eyes) == 0
     assert any("visual" in name and not torch.equal(w, base[name]) for name, w in weights(low.out).items() if name in base)

@@ -6,8 +6,7 @@ Read: `main` and on to the double line, 12 minutes, after Comparison, pack, pair
     torchrun train.py --data FOLDER --out runs/mine             the same tiny model on your own rows (format: data.py)
     torchrun --nproc_per_node 8 train.py --backbone Qwen/Qwen2.5-VL-7B-Instruct --shard --gradient_checkpointing \\
              --data FOLDER OTHER:2.0 --out runs/7b              the real thing; OTHER is seen twice
-    torchrun train.py --backbone Qwen/Qwen2.5-VL-3B-Instruct --lora 16 --gradient_checkpointing --pack_tokens 4096 \\
-             --data FOLDER --out runs/3b                        one card of 24 GB: updates of rank 16 alone
+    torchrun train.py --backbone Qwen/Qwen2.5-VL-3B-Instruct --lora 16 --gradient_checkpointing --data FOLDER  (24 GB)
     torchrun train.py --resume                                  goes on where a stopped run left off
 
 Into --out go the reward model (RewardModel.from_pretrained loads it), metrics.jsonl, a line a step, its picture
@@ -233,9 +232,8 @@ class Config:
     gradient_checkpointing: bool = HfArg(default=False, help="compute activations twice: less memory, a third slower")
     lora: int = HfArg(default=0, help="train updates of this rank, not the weights: one card; 0: train all (paper)")
     lora_vision: bool = HfArg(default=False, help="updates for the vision tower too, which --lora alone freezes")
-    shard: Literal["none", "all", "node"] = HfArg(
-        default="none", metadata={"nargs": "?", "const": "all"},
-        help="split weights and optimiser over all ranks (FSDP2; the 7B needs it), or over those of each node")
+    shard: str = HfArg(default="none", metadata={"nargs": "?", "const": "all", "choices": ["none", "all", "node"]},
+                       help="split weights and optimiser over all ranks (FSDP2; the 7B needs it), or over a node's")
     max_pixels: int | None = HfArg(default=None, help="of an image, 28 x 28 a token; 1003520, 12544 for tiny")
     pack_tokens: int | None = HfArg(default=None, help="of a pack; longer comparisons drop; 16384, 1024 for tiny")
     on_bad_row: Literal["stop", "skip"] = HfArg(default="stop", help="stop at a row that cannot be used, or count it")

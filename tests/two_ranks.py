@@ -57,21 +57,29 @@ def gradient(backbone, folder, pack_tokens=120, shard="none", lora=0):
     return keep.gradient, gather(sums).sum(dim=0), counts
 
 
-def rewards_in_bf16(backbone, shard: str):
-    """Rewards as a GPU computes them, products in bf16 and the rest in fp32, after an update of the norms' weights,
+def rewards_in_bf16(backbone, shard: str, lora=0):
+    """Rewards (and with `lora` the gradient's norm) as a GPU computes them, products in bf16 and the rest in fp32, after an update of the norms' weights,
     of the biases and of the embedding that bf16 could not hold."""
     torch.manual_seed(0)
-    model = RewardModel.from_backbone(backbone).train()
+    model = RewardModel.from_backbone(backbone, dtype=torch.bfloat16 if lora else torch.float32).train()
+    if lora:
+        train.add_lora(model, lora, vision=False)
     with torch.no_grad():
         for name, p in model.named_parameters():
+            if name.endswith("lora_b"):
+                p.normal_(std=1e-2)
             if "norm" in name or "embed" in name or "bias" in name:
                 p.mul_(1 + 1e-3)
     packed = pack([Comparison("What?", ["red", "blue", "green and white"])], model.processor)
     model.forward = lambda batch: model.head(hidden_states(model.backbone, batch)[batch.last_token])
     if shard != "none":
         model = distribute(model, torch.device("cpu"), "all", torch.bfloat16)
+    trained = [p for p in model.parameters() if p.requires_grad]
     with torch.autocast("cpu", torch.bfloat16):
-        return model(packed).detach().float()
+        rewards = model(packed)
+    rewards.sum().backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in trained]) if lora else torch.zeros(())
+    return rewards.detach().float(), float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 
 def stop_after(steps: int):
@@ -92,7 +100,8 @@ if __name__ == "__main__":
     rank = dist.get_rank()
     results = {"steps": [gradient(told["backbone"], told["drawn"], shard=shard) for shard in ("none", "all")],
                "lora": [gradient(told["backbone"], told["drawn"], shard=shard, lora=4) for shard in ("none", "node")],
-               "bf16": [rewards_in_bf16(told["backbone"], shard) for shard in ("none", "all")]}
+               "bf16": [rewards_in_bf16(told["backbone"], shard) for shard in ("none", "all")],
+               "bf16 lora": [rewards_in_bf16(told["backbone"], shard, lora=4) for shard in ("none", "all")]}
     cfg = Config(**told["config"])
     status = [train.main(replace(cfg, out=str(here / "two")))]
     # Sharded, told to stop on the second rank alone, and resumed; each rank has a disk of its own

@@ -1,0 +1,72 @@
+"""Two steps of `train.py --lora 16` at the real shape of Qwen2.5-VL-3B on a CPU, random weights in bf16: peak memory beside the count.
+
+    python tests/benchmark_lora.py                       about ten minutes on one core without bf16 arithmetic, 11 GB
+    python tests/benchmark_lora.py --shape 7b            18 GB
+
+What it counts: frozen weights 2 bytes each; trained ones 16 (itself, gradient, AdamW's two moments, fp32); the input of each layer in
+fp32, which --gradient_checkpointing keeps for the backward pass. What a layer needs while it is computed is not in the count.
+"""
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers.hf_argparser import HfArg, HfArgumentParser
+
+sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+
+import benchmark  # noqa: E402
+import train  # noqa: E402
+from model import hidden_states, pack, quicken_vision, recompute_activations  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Config:
+    shape: str = HfArg(default="3b", help="3b or 7b: Qwen2.5-VL's")
+    lora: int = HfArg(default=16, help="rank of the updates")
+    prompt_tokens: int = HfArg(default=96, help="tokens of the prompt, 64 of them an image's")
+    response_tokens: int = HfArg(default=16, help="tokens of each of two responses")
+    steps: int = HfArg(default=2, help="steps to take")
+
+
+def peak() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "linux" else 1e9)  # GB
+
+
+def main(cfg: Config) -> None:
+    device, before = train.start_processes(), peak()
+    sizes = benchmark.Config(shape=cfg.shape, prompt_tokens=cfg.prompt_tokens, image_tokens=64,
+                             response_tokens=cfg.response_tokens, comparisons=1)
+    started = time.time()
+    model = benchmark.make_model(sizes, device).train()
+    print(f"made in {time.time() - started:.0f} s, {peak():.1f} GB", flush=True)
+    quicken_vision(model)
+    train.add_lora(model, cfg.lora, vision=False)
+    recompute_activations(model.backbone)
+    batch = pack(benchmark.make_comparisons(sizes, model.backbone.config))
+
+    def forward(packed):  # as on a GPU, where the model says so itself
+        with torch.autocast(device.type, torch.bfloat16):
+            hidden = hidden_states(model.backbone, packed)
+        return model.head(hidden[packed.last_token].float())[:, 0]
+
+    model.forward = forward
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, 3e-5, betas=(0.9, 0.99), fused=True)
+    low, all_weights = sum(p.numel() for p in trained), sum(p.numel() for p in model.parameters())
+    text = model.backbone.config.text_config
+    inputs = len(batch.input_ids) * text.hidden_size * text.num_hidden_layers * 4
+    parts = [2 * (all_weights - low) / 1e9, 16 * low / 1e9, inputs / 1e9]
+    for step in range(cfg.steps):
+        started = time.time()
+        sums, norm = train.take_step(model, optimizer, [batch], batch, 1, 1, train.Config())
+        print(f"step {step + 1}: loss {sums[0]:.4f}, gradient {norm:.3f}, {time.time() - started:.0f} s, {peak():.1f} GB", flush=True)
+    print(f"{cfg.shape}, rank {cfg.lora}: {(all_weights - low) / 1e9:.2f} billion weights frozen, {low / 1e6:.1f} million trained, "
+          f"{len(batch.input_ids)} tokens. By counting {' + '.join(f'{part:.2f}' for part in parts)} = {sum(parts):.2f} GB; "
+          f"peak resident {peak():.2f} GB, of which Python and torch {before:.2f}")
+
+
+if __name__ == "__main__":
+    main(HfArgumentParser(Config).parse_args_into_dataclasses()[0])

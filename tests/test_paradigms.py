@@ -230,6 +230,26 @@ def test_each_paradigm_trains_resumes_saves_and_is_evaluated(writer, tmp_path, k
     assert ("judge: both orders agree" in summary["beyond"]) == (kind != "critic")
 
 
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen3_vl", "internvl", "qwen3"])
+def test_critics_and_judges_stand_on_every_family_with_lora_too(kind, tmp_path):
+    words = [*TEXTS, m.CRITIQUE_TURN, m.VERDICT]
+    folder = m.tiny_backbone(tmp_path / "b", words, kind=kind, width=64, vocabulary_head=True)
+    row = replace(ROW, prompt="What colour?", images=[]) if kind == "qwen3" else ROW
+    for paradigm in m.PARADIGMS:
+        torch.manual_seed(0)
+        model = RewardModel.from_backbone(folder, paradigm=paradigm, critique_tokens=4)
+        train.add_lora(model, 2, vision=True)
+        for name, p in model.named_parameters():
+            p.data = p.data.normal_(std=0.1) if name.endswith("lora_b") else p.data
+        rewards, cross_entropy = model.train()(pack(train.to_learn(row, model.processor, random.Random(0))))
+        (rewards.sum() + cross_entropy).backward()
+        trained = {name.rpartition(".")[2] for name, p in model.named_parameters() if p.grad is not None}
+        assert trained - {"weight", "bias"} == {"lora_a", "lora_b"}
+        model.save_pretrained(tmp_path / paradigm, train.merged(model.state_dict()))
+        (before,), (after,) = (m.scores_of(one, [row]) for one in (model.eval(), RewardModel.from_pretrained(tmp_path / paradigm)))
+        assert after.rewards == pytest.approx(before.rewards, abs=1e-4) and after.texts == before.texts
+
+
 def test_an_ensemble_of_a_naive_model_and_a_critic_is_the_mean_of_their_rewards(models, tmp_path):
     rows = synthetic(3, seed=6)
     write_comparisons(tmp_path / "rows", rows, bar=False)

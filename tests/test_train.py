@@ -24,9 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel
 
 import train
-from conftest import ROOT, TORCHRUN, command
+from conftest import ROOT, TEXTS, TORCHRUN, command
 from data import BadRow, Comparison, Order, read_comparisons, synthetic, write_comparisons
-from model import RewardModel, Score, pack
+from model import RewardModel, Score, pack, tiny_backbone
 from train import Config, learning_rate, main, open_data, score_over_ranks, start_processes
 from two_ranks import gradient, stop_after
 
@@ -110,7 +110,8 @@ def test_a_step_does_not_depend_on_how_its_pairs_fall_into_packs(backbones, draw
 @command
 def two_ranks_of_train(folder, backbones):
     """All that needs two processes, in one torchrun; what test_train.py compares with it is done by one."""
-    told = {"backbone": str(backbones()), "drawn": str(draw(folder / "drawn"))}
+    writer = tiny_backbone(folder / "writer", TEXTS, width=64, vocabulary_head=True)
+    told = {"backbone": str(backbones()), "writer": str(writer), "drawn": str(draw(folder / "drawn"))}
     told["config"] = asdict(small_run(backbones(), folder / "drawn", folder / "one"))
     (folder / "settings.json").write_text(json.dumps(told))
     return [*TORCHRUN, "tests/two_ranks.py", folder]
@@ -125,14 +126,24 @@ def two_ranks(two_ranks_of_train, backbones):
 
 
 def test_two_ranks_take_the_step_of_one(two_ranks, backbones, drawn):
-    """With DDP and sharded (with recomputed activations), all weights and LoRA's updates, and with one rank whose packs hold no image beside one that
-    holds all of them."""
+    """With DDP and sharded (with recomputed activations), all weights and LoRA's updates, and with one rank whose packs
+    hold no image beside one that holds all of them."""
     start_processes()
     for kind, lora in (("steps", 0), ("lora", 4)):
         one, one_sums, _ = gradient(backbones(), drawn, lora=lora)
         for two, two_sums, counts in two_ranks[1][kind]:
             assert counts[:, 2].tolist() == [12, 0]
             assert counts[1, 1] > counts[0, 1] > 1  # several micro-steps, and not equally many
+            assert set(two) == set(one) and relative(two, one) < 1e-6
+            assert two_sums.tolist() == pytest.approx(one_sums.tolist(), rel=1e-5)
+
+
+def test_two_ranks_take_the_step_of_one_in_every_paradigm(two_ranks, drawn):
+    start_processes()
+    for p, paradigm in enumerate(("critic", "direct", "think")):
+        one, one_sums, _ = gradient(two_ranks[0] / "writer", drawn, 400, paradigm=paradigm)
+        assert ("lm_head.weight" in one or "backbone.language_model.embed_tokens.weight" in one) and len(one) > 50
+        for two, two_sums, _ in two_ranks[1]["paradigms"][2 * p:2 * p + 2]:
             assert set(two) == set(one) and relative(two, one) < 1e-6
             assert two_sums.tolist() == pytest.approx(one_sums.tolist(), rel=1e-5)
 

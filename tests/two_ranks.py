@@ -34,12 +34,12 @@ class KeepGradient:
         pass
 
 
-def gradient(backbone, folder, pack_tokens=120, shard="none", lora=0):
+def gradient(backbone, folder, pack_tokens=120, shard="none", lora=0, paradigm="naive"):
     """The gradient of the first step of what is trained, by name, the sums of `take_step`, and (pairs, packs, images) of each rank. In
     fp64, where rounding hides no mistake: in fp32 the sums of one step, taken in another order, differ by 2e-6."""
     cfg = Config(lr=1.0, batch_size=64, pack_tokens=pack_tokens, max_pixels=112 * 112, clip=1e9)
     torch.manual_seed(0)
-    raw = RewardModel.from_backbone(backbone).train()
+    raw = RewardModel.from_backbone(backbone, paradigm=paradigm).train()
     if lora:
         train.add_lora(raw, lora, vision=True)
         for name, p in raw.named_parameters():
@@ -50,16 +50,17 @@ def gradient(backbone, folder, pack_tokens=120, shard="none", lora=0):
     if shard != "none":
         recompute_activations(raw.backbone)  # the two together, as for the 7B
     model = distribute(raw, torch.device("cpu"), shard, None)
-    counts = gather([share.pairs, len(share.packs), sum(len(p.image_grid_thw) for p in share.packs)])
+    counts = gather([share.pairs, len(share.packs), sum(len(p.image_grid_thw) for p in share.packs), share.texts])
     filler = pack([Comparison("?", ["a", "b"], [(0, 1)])], raw.processor)
     keep = KeepGradient(raw)
-    sums, _ = take_step(model, keep, share.packs, filler, int(counts[:, 1].max()), int(counts[:, 0].sum()), 0, cfg)
+    sums, _ = take_step(model, keep, share.packs, filler, int(counts[:, 1].max()), int(counts[:, 0].sum()),
+                        int(counts[:, 3].sum()), cfg)
     return keep.gradient, gather(sums).sum(dim=0), counts
 
 
 def rewards_in_bf16(backbone, shard: str, lora=0):
-    """Rewards (and with `lora` the gradient's norm) as a GPU computes them, products in bf16 and the rest in fp32, after an update of the norms' weights,
-    of the biases and of the embedding that bf16 could not hold."""
+    """Rewards (and with `lora` the gradient's norm) as a GPU computes them, products in bf16 and the rest in fp32, after
+    an update of the norms' weights, of the biases and of the embedding that bf16 could not hold."""
     torch.manual_seed(0)
     model = RewardModel.from_backbone(backbone, dtype=torch.bfloat16 if lora else torch.float32).train()
     if lora:
@@ -100,6 +101,8 @@ if __name__ == "__main__":
     rank = dist.get_rank()
     results = {"steps": [gradient(told["backbone"], told["drawn"], shard=shard) for shard in ("none", "all")],
                "lora": [gradient(told["backbone"], told["drawn"], shard=shard, lora=4) for shard in ("none", "node")],
+               "paradigms": [gradient(told["writer"], told["drawn"], 400, shard, paradigm=paradigm)
+                             for paradigm in ("critic", "direct", "think") for shard in ("none", "all")],
                "bf16": [rewards_in_bf16(told["backbone"], shard) for shard in ("none", "all")],
                "bf16 lora": [rewards_in_bf16(told["backbone"], shard, lora=4) for shard in ("none", "all")]}
     cfg = Config(**told["config"])

@@ -1,7 +1,7 @@
 """Two steps of `train.py --lora 16` at the real shape of Qwen2.5-VL-3B on a CPU, random weights in bf16: peak memory beside the count.
 
-    python tests/benchmark_lora.py                       some ten minutes on one core, 9 GB
-    python tests/benchmark_lora.py --shape 7b            17 GB
+    python tests/benchmark_lora.py                       five to ten minutes on one core, 10 GB
+    python tests/benchmark_lora.py --shape 7b            about 19 GB, not run
 
 The weights lie in bf16, as on a GPU; each product casts its own to fp32 first, since few CPUs multiply in bf16.
 What it counts: frozen weights 2 bytes each; trained ones 16 (itself, gradient, AdamW's two moments, fp32); the input of each layer in

@@ -519,10 +519,10 @@ def attend_by_length(module, query, key, value, attention_mask=None, scaling=Non
     for (n, length), *parts in zip(groups, *sorted_parts):  # each (heads, n * length, width of a head)
         q, k, v = (x.unflatten(1, (n, length)).transpose(0, 1) for x in parts)  # (n, heads, length, width of a head)
         out.append(F.scaled_dot_product_attention(q, k, v, scale=scaling).transpose(1, 2).flatten(0, 1))
-    return torch.cat(out).index_select(0, cu_seq_lens_q.back)[None], None  # (1, P, heads, width of a head), no attention weights
+    return torch.cat(out).index_select(0, cu_seq_lens_q.back)[None], None  # (1, P, heads, width of a head)
 
 class PatchProduct(nn.Conv3d):
-    """A convolution whose kernel is as large as its stride is a matrix product: the same weights under the same name."""
+    """A convolution whose kernel is as large as its stride is a matrix product; its weight keeps name and shape."""
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         return F.linear(patches.flatten(1), self.weight.flatten(1), self.bias)

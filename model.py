@@ -683,7 +683,7 @@ def attend_by_length(module, query, key, value, attention_mask=None, scaling=Non
     return torch.cat(out).index_select(0, cu_seq_lens_q.back)[None], None  # (1, P, heads, width of a head)
 
 class PatchProduct(nn.Conv3d):
-    """A convolution whose kernel is as large as its stride is a matrix product: the same weights, the same name."""
+    """A convolution whose kernel is as large as its stride is a matrix product; its weight keeps name and shape."""
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         return F.linear(patches.flatten(1), self.weight.flatten(1), self.bias)

@@ -10,7 +10,7 @@ Read: `main` and on to the double line, 12 minutes, after Comparison, pack, pair
     torchrun train.py --resume                                  goes on where a stopped run left off
 
 Into --out go the reward model (RewardModel.from_pretrained loads it), metrics.jsonl, a line a step, its picture
-curve.svg, summary.json with the accuracy on held-out comparisons, and checkpoint.pt of an unfinished run.
+curve.svg, summary.json with the accuracy on held-out comparisons, and of an unfinished run checkpoint.pt (or -STEP/).
 
 Several processes. torchrun starts this script once for each GPU and tells each its *rank*: 0, 1 ... *world_size* - 1.
 Every rank holds the model and takes its share of a step's rows; before the optimiser moves, the ranks exchange their

@@ -38,7 +38,9 @@ def table() -> str:
     lines = ["  i  token             id  branch  time row column  sees"]
     for i, (token, id, branch) in enumerate(zip(tokens, packed.input_ids.tolist(), packed.branch.tolist())):
         time, row, column = packed.positions[:, i].tolist()
-        sees = "".join("#" if seen else "." for seen in mask[i].tolist())
+        seen = mask[i].nonzero()[:, 0].tolist()
+        common = next((k for k, j in enumerate(seen) if j != k), len(seen))  # it sees all up to here, then its own
+        sees = f"0-{common - 1}" + (f", {seen[common]}-{seen[-1]}" if seen[common:] else "")
         lines.append(f"{i:3}  {token:<16}{id:4}  {branch:^6}  {time:4} {row:3} {column:6}  {sees}")
     with torch.no_grad():
         rewards, _ = model(packed)

@@ -283,9 +283,14 @@ def write_comparisons(folder, comparisons, bar: bool = True) -> Path:
     """Writes comparisons, whose images are in memory or in files, as a data folder."""
     with new_folder(folder) as partial, open(partial / "comparisons.jsonl", "w", encoding="utf-8") as file:
         for i, comparison in enumerate(tqdm(comparisons, disable=not bar, desc=Path(folder).name)):
-            paths = [f"images/{i}-{j}.png" for j in range(len(comparison.images))]
+            paths = [f"images/{i}-{j}{'' if is_video(x) else '.png'}" for j, x in enumerate(comparison.images)]
             for path, image in zip(paths, comparison.images):
-                open_image(image).save(partial / path)
+                if is_video(image):
+                    (partial / path).mkdir()
+                    for f, frame in enumerate(open_frames(image)):
+                        frame.save(partial / path / f"{f}.png")
+                else:
+                    open_image(image).save(partial / path)
             file.write(line_of(replace(comparison, images=paths)))
     return Path(folder)
 

@@ -70,8 +70,7 @@ def main(cfg: "Config") -> int:
 
     # 3  Model: raw_model computes rewards, model is the same with an exchange of gradients around it
     raw_model = make_model(cfg, sets, device).train()
-    writes_nothing = cfg.think and cfg.shard != "none"  # see make_model
-    held = check_held_out([] if writes_nothing else held, raw_model, cfg.on_bad_row)
+    held = check_held_out(held, raw_model, cfg.on_bad_row)
     model = distribute(raw_model, device, cfg.shard, torch.bfloat16 if device.type == "cuda" else None)
 
     # 4  Optimiser and resume
@@ -179,8 +178,8 @@ def take_step(model, optimizer, packs: list[Pack], filler: Pack, micro_steps: in
         if own:
             chosen, rejected = rewards.detach().double()[batch.pairs].T  # (B,) and (B,)
             margin = chosen - rejected
-            softplus = torch.nn.functional.softplus(-margin)
-            sums += torch.stack([softplus.sum(), (margin > 0).sum(), margin.sum(), cross_entropy.detach()])
+            losses = torch.nn.functional.softplus(-margin)
+            sums += torch.stack([losses.sum(), (margin > 0).sum(), margin.sum(), cross_entropy.detach()])
     norm = torch.nn.utils.clip_grad_norm_(trained, cfg.clip)
     norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # sharded: each rank has a part of it
     if math.isfinite(norm):
@@ -431,7 +430,8 @@ def used_or_error(rows, i: int, use, on_bad_row: str):
 def check_held_out(held: list, model: RewardModel, on_bad_row: str) -> list[Comparison]:
     """The held-out rows of all sets, each read and encoded once, shared out over the ranks: one that cannot be used is
     named with file and line now, and not after days of training."""
-    places = [(rows, i) for rows in held for i in range(len(rows))]
+    silent = model.processor.paradigm == "think" and model.critiques == "given"  # sharded: see make_model
+    places = [(rows, i) for rows in held for i in range(len(rows)) if not silent]
     mine = range(dist.get_rank(), len(places), dist.get_world_size())
     use = partial(asked, model=model)
     bad = [k for k in mine if isinstance(used_or_error(*places[k], use, on_bad_row), BadRow)]

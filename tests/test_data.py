@@ -14,7 +14,7 @@ from PIL import Image
 import data
 from conftest import ROOT
 from data import BadRow, Comparisons, Order, encode_row, parse_row, read_comparisons, synthetic, write_comparisons
-from model import Comparison, encode
+from model import Comparison, encode, open_frames
 
 GOOD = {"prompt": "Name a fruit.", "responses": ["Apple", "Table"], "pairs": [[0, 1]]}
 ASK = [{"role": "user", "content": "Hi"}]
@@ -216,6 +216,13 @@ def test_a_written_folder_reads_back_the_same(tmp_path):
         assert [i.tobytes() for i in c.images] == [Image.open(i).tobytes() for i in again.images]
     with pytest.raises(BadRow, match="exists already"):
         write_comparisons(tmp_path / "drawn", written, bar=False)
+
+
+def test_a_written_video_is_a_folder_of_its_frames(tmp_path):
+    frames = [Image.new("RGB", (56, 56), (9 * i, 0, 0)) for i in range(12)]
+    video = Comparison("What moves?", ["Nothing.", "It."], [(1, 0)], [frames])
+    (again,) = read_comparisons(write_comparisons(tmp_path / "v", [video], bar=False))
+    assert [frame.tobytes() for frame in open_frames(again.images[0])] == [frame.tobytes() for frame in frames]
 
 
 # Order ----------------------------------------------------------------------------------------------------------------

@@ -1,13 +1,13 @@
 """Where comparisons come from, and which of them a step sees (BaseReward, arXiv 2509.16127, section 4.4).
 
-Read: to the ruled line (10 minutes): a row, the order of the steps, the default run's drawn set, one published set.
+Read: to the double line, 10 minutes: a row, the order of the steps, the default run's drawn set, one published set.
 
     python data.py synthetic --out data/drawn --n 1000                            the drawn set as a folder (4 s)
     python data.py rlaif-v --source openbmb/RLAIF-V-Dataset --out data/rlaif-v    a published set, streamed from the hub
     python data.py vl-rewardbench --source MMInstruction/VL-RewardBench --out bench/vl-rewardbench           a benchmark
     python data.py mmpr --source MMPR-v1.2 --out data/mmpr --decontaminate bench/vl-rewardbench --hold_out 0.01
     python data.py pairs --source mine.jsonl --out data/mine --n 100              the first 100 rows of your own
-    python data.py judge --source data/mine --out data/judge           its pairs as prompts for a judge that thinks (RL)
+    python data.py judge --source data/mine --out data/judge           its pairs as prompts for a judge (RL)
     python data.py show data/mine                                                 read a few of them as training would
 
 Everything is a data set: a folder with `comparisons.jsonl` (one JSON object a line), `images/` and `report.json`. Three

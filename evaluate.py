@@ -1,6 +1,6 @@
 """Scores reward models as the papers do, and shows where they fail (BaseReward, arXiv 2509.16127, section 5).
 
-Read: to the ruled line (10 minutes): what each benchmark counts, what to look at beside accuracy; then `figures`.
+Read: to the double line, 10 minutes: what each benchmark counts, what to look at beside accuracy; then `figures`.
 
     python evaluate.py --model runs/default                       800 drawn comparisons, new to the model: half a minute
     python evaluate.py --model DIR --data bench/vl-rewardbench bench/rm-bench     benchmarks, as data.py makes them
@@ -50,7 +50,7 @@ def margins(rows):
             for margin in said:
                 yield row, winner, loser, margin
 
-def right_pairs(rows, benchmark: str = "", grouping: str = "official"):
+def pair_events(rows, benchmark: str = "", grouping: str = "official"):
     """Events (group, prompt, hit): every pair in each group that it counts in. Figures are made of shares of hits."""
     for row, winner, loser, margin in margins(rows):
         group, wider = row["category"] or "no category", [ALL]
@@ -113,8 +113,8 @@ def controls(rows):
         if abs(size - other) <= 0.1 * max(size, other):  # where length cannot help
             yield "length-matched pairs", row["prompt"], margin > 0
         if size != other:
-            yield "people chose the longer", row["prompt"], size > other
-            yield "model chose the longer", row["prompt"], margin * (size - other) > 0
+            yield "the label prefers the longer", row["prompt"], size > other
+            yield "the model prefers the longer", row["prompt"], margin * (size - other) > 0
         sure = min(int(10 / (1 + math.exp(-abs(margin)))), 9) / 10  # the probability it gives what it prefers
         yield f"right where sigmoid(margin) is {sure:.1f} to {sure + 0.1:.1f}", row["prompt"], margin > 0
     for row in rows:  # of judges; verdicts of exactly 0 could not be read
@@ -268,7 +268,7 @@ def figures(events, metric=dict) -> dict:
 
 def metrics(benchmark: str, rows: list, grouping: str = "official") -> dict:
     """The figures of prediction rows; where they are no benchmark's, of the 13 largest categories."""
-    events = list(right_pairs(rows, benchmark, grouping))
+    events = list(pair_events(rows, benchmark, grouping))
     if benchmark == "mm-rlhf-rewardbench":
         events += whole_ids(rows)
     if benchmark == "comparisons":  # a table with more columns is no table
@@ -391,7 +391,7 @@ def score(cfg: "Config", device: torch.device):
     for directory in models:  # one after another: each is loaded once, only one is in memory
         model = RewardModel.from_pretrained(directory, dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[dtype])
         paradigms.append(model.processor.paradigm)
-        model.critiques, model.critique_tokens = cfg.critiques, cfg.critique_tokens or model.critique_tokens
+        model.critiques_from, model.critique_tokens = cfg.critiques, cfg.critique_tokens or model.critique_tokens
         score_folder(model.to(device), directory, takes, held, cfg, probe=False)
         for folder in folders:
             score_folder(model, directory, takes, folder, cfg, cfg.probe)

@@ -81,21 +81,21 @@ class Encoded:
     pixel_values: torch.Tensor  # (P, channels*2*14*14), without a picture (0,); other families: see Family
     image_grid_thw: torch.Tensor  # (N, 3) moments, rows and columns of patches
     prompt_positions: torch.Tensor  # (3, tokens of the prompt)
-    learnt: list[int] = ()  # K numbers: how many of its last tokens a branch's text to be learnt has (section 7)
+    text_tokens: list[int] = ()  # K numbers: tokens of the text to learn at the end of each branch (section 7)
 
     @property
     def tokens(self) -> int:
         return len(self.prompt_ids) + sum(len(ids) for ids in self.response_ids)
 
     def with_responses(self, response_ids: list[list[int]]) -> "Encoded":
-        return replace(self, response_ids=response_ids, pairs=[], learnt=())
+        return replace(self, response_ids=response_ids, pairs=[], text_tokens=())
 
 def encode(comparison: Comparison, processor: "Processor") -> Encoded:
     """The tokens of the prompt once, and of each response on its own, so that no token spans the border between them.
 
     The only place where texts become tokens: training, evaluation and RL all come through here. A text that writes
     "<|im_end|>" is read as these characters with a space after the first: it cannot end its turn or forge another's.
-    ValueError, one line: marks and images do not match, an image cannot be used, or the backbone has no eyes for it.
+    ValueError, one line: marks and images do not match, an image cannot be used, or the backbone cannot see.
     """
     tokenizer, images = processor.tokenizer, list(comparison.images)
     if images and processor.image_processor is None:
@@ -113,10 +113,10 @@ def encode(comparison: Comparison, processor: "Processor") -> Encoded:
     response_ids = [[*processor.ids_of(response), processor.end] for response in comparison.responses]
     positions = mrope_positions(prompt_ids, grids, processor.id_of(IMAGE_PAD), processor.id_of(VIDEO_PAD),
                                 processor.video_step)
-    patches = torch.cat([torch.zeros(0), *(patches for patches, *_ in read)])  # of no shape, it fits any
+    patches = torch.cat([torch.zeros(0), *(patches for patches, *_ in read)])  # an empty one fits any
     item = Encoded(prompt_ids, response_ids, [tuple(pair) for pair in comparison.pairs], patches,
                    torch.tensor(grids, dtype=torch.long).view(-1, 3), positions)
-    return with_texts_to_learn(item, comparison, processor)  # of critics and thinking judges: section 7
+    return with_texts_to_learn(item, comparison, processor)  # critics and thinking judges: see with_critiques, below
 
 def read_qwen2(source, image_processor) -> tuple[torch.Tensor, list, str]:
     """A picture or video for Qwen2.5-VL: its patches, its grid, and the tokens that take the place of its mark."""
@@ -171,10 +171,10 @@ class Pack:
     branch: torch.Tensor  # (T,)
     positions: torch.Tensor  # (3, T)
     last_token: torch.Tensor  # (R,) index of each response's final token: nothing is inferred from padding
-    response_length: torch.Tensor  # (R,) tokens of each response, <|im_end|> not counted
+    response_length: torch.Tensor  # (R,) tokens of each branch, its last <|im_end|> not counted
     response_tokens: torch.Tensor  # (S,) index of every response token; this and the next two: for vocabulary heads
     predicted_by: torch.Tensor  # (S,) index of the token that predicts it; for a first one the end of the prompt
-    learnt: torch.Tensor  # (S,) 1/n for each of the n tokens of a text to be learnt (section 7), else 0
+    text_weight: torch.Tensor  # (S,) 1/n for each of the n tokens of a text to learn (section 7), else 0
     pairs: torch.Tensor  # (B, 2) indices into the R responses
     pixel_values: torch.Tensor  # (P, channels*2*14*14)
     image_grid_thw: torch.Tensor  # (N, 3)
@@ -189,7 +189,7 @@ def pack(comparisons: list, processor: "Processor | None" = None) -> Pack:
     """Comparisons, encoded already or as they are with a processor, end to end in one row, nothing between them."""
     encoded = [item if isinstance(item, Encoded) else encode(item, processor) for item in comparisons]
     ids, comparison, branch, positions, blocks = [], [], [], [], []
-    last_token, length, response_tokens, predicted_by, learnt, pairs = [], [], [], [], [], []
+    last_token, length, response_tokens, predicted_by, text_weight, pairs = [], [], [], [], [], []
     for c, item in enumerate(encoded):
         pairs += [(len(last_token) + winner, len(last_token) + loser) for winner, loser in item.pairs]
         start, prompt_end = len(ids), len(ids) + len(item.prompt_ids)
@@ -197,7 +197,8 @@ def pack(comparisons: list, processor: "Processor | None" = None) -> Pack:
         branch += [0] * len(item.prompt_ids)
         positions.append(item.prompt_positions)
         after_prompt = int(item.prompt_positions.max()) + 1
-        for b, (response, n) in enumerate(zip(item.response_ids, item.learnt or [0] * len(item.response_ids)), start=1):
+        to_learn = item.text_tokens or [0] * len(item.response_ids)
+        for b, (response, n) in enumerate(zip(item.response_ids, to_learn), start=1):
             at = len(ids)
             ids += response
             branch += [b] * len(response)
@@ -206,18 +207,18 @@ def pack(comparisons: list, processor: "Processor | None" = None) -> Pack:
             predicted_by += [prompt_end - 1, *range(at, len(ids) - 1)]
             last_token.append(len(ids) - 1)
             length.append(len(response) - 1)
-            learnt += [0.0] * (len(response) - n) + [1 / max(n, 1)] * n
+            text_weight += [0.0] * (len(response) - n) + [1 / max(n, 1)] * n
         comparison += [c] * (len(ids) - start)
         table = branch_mask(torch.tensor(branch[start:])) if len(ids) - start <= SMALL else None  # see `attend`
         blocks.append(([len(item.prompt_ids), *map(len, item.response_ids)], table))
     integers = partial(torch.tensor, dtype=torch.long)  # an empty list too
     return Pack(*map(integers, (ids, comparison, branch)), torch.cat(positions, dim=1),
-                *map(integers, (last_token, length, response_tokens, predicted_by)), torch.tensor(learnt),
+                *map(integers, (last_token, length, response_tokens, predicted_by)), torch.tensor(text_weight),
                 integers(pairs).view(-1, 2), torch.cat([item.pixel_values for item in encoded]),
                 torch.cat([item.image_grid_thw for item in encoded]), blocks)
 
 def branch_mask(branch: torch.Tensor) -> torch.Tensor:
-    """(T, T) for the T tokens of one comparison: True where token i may look at token j.
+    """(n, n) for the n tokens of one comparison: True where token i may look at token j.
 
     j must not come after i, and must be in the prompt (branch 0) or in i's own branch. So branches do not see each
     other, and comparisons do not either, as each has attention of its own.
@@ -250,7 +251,7 @@ def embed(backbone, pack: Pack) -> tuple[torch.Tensor, dict]:
     return embeddings + 0.0 * sum(x.sum() for x in family.see(backbone, blank, grid)).to(embeddings.dtype), {}
 
 def hidden_states(backbone, pack: Pack) -> torch.Tensor:
-    """Final hidden states (T, D) of a pack. `attend` (below the line) gets `blocks`, and looks by branch_mask."""
+    """Final hidden states (T, D) of a pack. `attend` (below) gives each comparison of `blocks` its own branch_mask."""
     no_mask = torch.zeros(1, 1, 1, 1, device=pack.input_ids.device)  # of 4 dimensions: transformers makes none itself
     row, more = embed(backbone, pack)  # (T, D)
     out = decode(backbone, row[None], pack.positions[:, None], no_mask, blocks=pack.blocks, use_cache=False, **more)
@@ -268,8 +269,8 @@ def read_by_head(hidden: torch.Tensor, pack: Pack) -> torch.Tensor:
 def build_head(width: int, layers: int = 2, activation: str = "silu") -> nn.Sequential:
     """`layers` linear layers with an activation between them, one number out (Table 2: two layers and SiLU are best).
 
-    Rewards start around 0.3 apart, and the loss near log 2, the loss of knowing nothing. Trap: ten times smaller still,
-    and the backbone gets no gradient to speak of; a model without pretraining then stays at log 2.
+    Rewards start around 0.3 apart, and the loss near log 2, the loss of knowing nothing. Trap: with a tenth of this std
+    the backbone gets no gradient to speak of; a model without pretraining then stays at log 2.
     """
     if layers < 1 or activation not in ACTIVATIONS:
         raise ValueError(f"head of {layers} layers with {activation!r}: want 1 or more, and one of {list(ACTIVATIONS)}")
@@ -282,17 +283,17 @@ def build_head(width: int, layers: int = 2, activation: str = "silu") -> nn.Sequ
     return nn.Sequential(*parts, last)
 
 class RewardModel(nn.Module):
-    """A backbone without its vocabulary, and a small head that turns the end of a response into its reward: the paper's
-    naive paradigm, its best. A critic has the vocabulary head too, a generative one has it alone (section 7).
+    """A backbone without its vocabulary head, and a small head that turns the end of a response into its reward: the
+    paper's naive paradigm, its best. A critic has the vocabulary head too, a generative one has it alone (section 7).
     Below the line: score_many, from_backbone, from_pretrained, save_pretrained."""
 
     def __init__(self, lm, head: nn.Sequential | None, processor: "Processor", config: dict):
         super().__init__()
         self.backbone, self.lm_head = (lm.model, lm.lm_head) if hasattr(lm, "lm_head") else (lm, None)
         self.head, self.processor = head, processor
-        self.config = config  # paradigm, head_layers, head_activation, width, reads: what reward_config.json holds
+        self.config = config  # of reward_config.json: paradigm (naive, critic, direct, think), head, what it reads
         self.whole = [lm]  # as transformers saves it; in a list, for its weights are here once already
-        self.critiques, self.critique_tokens = "own", config.get("critique_tokens", 512)  # or "given"; see answers_to
+        self.critiques_from, self.critique_tokens = "own", config.get("critique_tokens", 512)  # or "given": answers_to
 
     @property
     def device(self) -> torch.device:
@@ -305,9 +306,9 @@ class RewardModel(nn.Module):
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             hidden = hidden_states(self.backbone, pack)  # (T, D)
             if self.head is None or self.lm_head is not None and self.training:  # what it says, or learns to say
-                keep = slice(None) if self.head is None else pack.learnt > 0
+                keep = slice(None) if self.head is None else pack.text_weight > 0
                 logprobs = response_logprobs(self.lm_head, hidden, pack, keep)
-                cross_entropy = -(pack.learnt[keep] * logprobs).sum()
+                cross_entropy = -(pack.text_weight[keep] * logprobs).sum()
         if self.head is None:
             return sum_over_responses(logprobs, pack), cross_entropy
         with torch.autocast(self.device.type, enabled=False):  # differences of rewards are small: the head stays fp32
@@ -323,8 +324,7 @@ def pairwise_loss(rewards, pairs, zero_coef=0.0, length_norm=False, response_len
     """Equation (1): the mean over pairs of -log sigmoid(r(x, chosen) - r(x, rejected)), in fp32.
 
     rewards (R,); pairs (B, 2) indices of chosen and rejected. Only differences within a pair matter: a constant added
-    to all rewards changes nothing. The gradient on a pair is the probability of being wrong, sigmoid(-margin): settled
-    pairs stop pulling.
+    to all rewards changes nothing. A pair pulls by the probability of being wrong, sigmoid(-margin): settled ones stop.
 
     Algorithm 1 adds two options, which hurt in the paper's ablation (section 4.3) and are off:
     length_norm    r <- r / log(length + 1), with response_length (R,) in tokens, before anything else
@@ -362,19 +362,19 @@ def with_critiques(item: Encoded, critiques: list, processor: "Processor") -> En
     ask = processor.tokenizer(CRITIQUE_TURN, add_special_tokens=False).input_ids
     both = list(zip(item.response_ids, critiques))
     return replace(item, response_ids=[ids if c is None else [*ids, *ask, *c, processor.end] for ids, c in both],
-                   learnt=[0 if c is None else len(c) + 1 for _, c in both])
+                   text_tokens=[0 if c is None else len(c) + 1 for _, c in both])
 
 def judge_pair(comparison: Comparison, first: int, second: int, think: bool = False) -> Comparison:
     """A generative reward model has no head. It is asked which of two answers is better, and "1" and "2" are the two
-    responses: their log-probabilities are the rewards, their difference the margin. Again a comparison, one pack, the
-    same loss. What it says depends on the order of the answers, so both orders are asked in scoring.
+    responses: their log-probabilities (without <|im_end|>) are the rewards. Again a comparison, one pack, the same loss.
+    What it says depends on the order of the answers, so both orders are asked in scoring.
 
-    With `think` there is one response, <think> critique of 1, critique of 2 </think><answer>1</answer>: it learns to
-    write that, and scoring reads the <answer> that it wrote.
+    With `think` there is one response, <think>1: critique 2: critique</think><answer>1</answer>: it learns to write
+    that, and scoring reads the <answer> that it wrote.
     """
     messages = to_messages(comparison.prompt, comparison.images)
     turns = [f"{m['role']}: {m['content']}" if messages[1:] else m["content"] for m in messages]
-    answers = [MARK.sub("< image>", comparison.responses[k]) for k in (first, second)]  # not a mark of the prompt
+    answers = [re.sub("<(?=(image|video)>)", "< ", comparison.responses[k]) for k in (first, second)]  # no marks
     prompt = "\n".join([*turns, f"Answer 1: {answers[0]}", f"Answer 2: {answers[1]}", THINK * think + VERDICT])
     pairs = [(0, 1)] * ((first, second) in comparison.pairs) + [(1, 0)] * ((second, first) in comparison.pairs)
     responses = ["1", "2"]
@@ -469,7 +469,7 @@ FAMILIES = {"qwen2_vl": QWEN2, "qwen2_5_vl": QWEN2,  # by config.model_type
 
 def with_texts_to_learn(item: Encoded, comparison: Comparison, processor: "Processor") -> Encoded:
     if processor.paradigm == "think":  # the whole response
-        return replace(item, learnt=[len(ids) for ids in item.response_ids])
+        return replace(item, text_tokens=[len(ids) for ids in item.response_ids])
     if processor.paradigm == "critic" and comparison.critiques:
         critiques = [processor.ids_of(text) if text.strip() else None for text in comparison.critiques]
         return with_critiques(item, critiques, processor)
@@ -747,7 +747,7 @@ def judged_pairs(comparison: Comparison) -> list:
 def asked(comparison: Comparison, model: RewardModel) -> list[Encoded]:
     """What is read to score a comparison: itself, or by a judge each of its pairs in both orders."""
     if model.head is not None:
-        own = model.critiques == "own"  # it will write them
+        own = model.critiques_from == "own"  # it will write them
         return [encode(replace(comparison, critiques=()) if own else comparison, model.processor)]
     if len(comparison.responses) < 2:
         raise ValueError(f"a judge compares responses and was given {len(comparison.responses)}; want 2 or more")
@@ -775,7 +775,7 @@ def answers_to(items: list[Encoded], model: RewardModel, pack_tokens: int | None
     packs are fewer: equally many on all ranks, so that a sharded model can gather its layers."""
     processor, texts = model.processor, [[]] * len(items)
     pack_tokens = pack_tokens or (16384 if model.device.type == "cuda" else 1024)
-    if model.critiques == "own" and processor.paradigm in ("critic", "think"):
+    if model.critiques_from == "own" and processor.paradigm in ("critic", "think"):
         written = write(items, model, 8 * pack_tokens)
         texts = [[processor.tokenizer.decode(ids) for ids in group] for group in written]
         if processor.paradigm == "think":

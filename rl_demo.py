@@ -1,6 +1,6 @@
 """GRPO with the reward model, and what it does to the true accuracy of a policy: BaseReward (arXiv 2509.16127), 5.4.
 
-Read: to the double line, 15 minutes; `grpo_step` is the algorithm. Before: packs, and Policy (model.py, below it).
+Read: to the double line, 15 minutes; `grpo_step` is the algorithm. A policy gives log-probabilities of responses.
 
     python train.py && python rl_demo.py             a tiny policy, then four rewards: 90 s for each of the five
     torchrun --nproc_per_node 8 rl_demo.py --policy Qwen/Qwen2.5-VL-3B-Instruct --reward_model DIR --data FOLDER \\
@@ -63,7 +63,7 @@ from model import Policy, RewardModel, fill_packs, generate, pack, recompute_act
 from train import (Log, check_numbers, check_settings, claim_folder, command_line, complain, draw_curves, from_first,
                    gather, gather_objects, read_log, read_state, say, spread, start_processes, stop_signals, write_text)
 
-# 3  Rewards R (G,) of a group, which has .matches, .model_rewards, .texts, .lengths and .truncated (see roll_out)
+# 3  Rewards R (G,) of a group; what a group has, `roll_out` says
 def rule(group):
     return group.matches.float()
 
@@ -137,7 +137,7 @@ def grpo_step(kind: str, step: int, prompts: list, policy: Policy, optimizer, ru
             loss = grpo_loss(logprobs, batch.old, batch.ref, batch.advantage, tokens,
                              cfg.clip_eps, cfg.clip_eps_high, cfg.kl_coef, cfg.clamp_ratio)  # 6  Loss
             loss.backward()
-            batch.sums = token_sums(loss.detach() * tokens, logprobs.detach(), batch, cfg)  # the last pass's stay
+            batch.sums = token_sums(loss.detach() * tokens, logprobs.detach(), batch, cfg)  # each pass overwrites them
         for p in policy.parameters():  # the ranks add up their gradients; one that had no batch adds nothing
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             dist.all_reduce(p.grad)

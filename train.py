@@ -89,11 +89,11 @@ def main(cfg: "Config") -> int:
     with stop_signals() as told, Log(out, state["step"], steps) as log:
         for share in one_ahead(load, range(state["step"], steps), device.type == "cuda"):
             # What all ranks must agree upon: what to divide by, how many micro-steps to make, whether to go on
-            stop = share.status or (128 + told.number if told.number else 0)  # as a shell tells of a signal
+            stop = share.status or (128 + told.number if told.number else 0)  # 128 + signal, as in shells
             counts = gather([share.pairs, share.texts, share.tokens, share.bad_rows, share.too_long,
                              len(share.packs), stop]).long()
             pairs, texts, tokens, bad_rows, too_long, packs = counts[:, :6].sum(dim=0).tolist()
-            micro_steps, status = counts[:, 5:].amax(dim=0).tolist()
+            micro_steps, status = counts[:, 5:].amax(dim=0).tolist()  # the most packs of a rank
             if status:
                 break
             optimizer.param_groups[0]["lr"] = lr = learning_rate(share.step, steps, cfg)
@@ -145,10 +145,11 @@ def load_step(step: int, order: Order, sets: list, processor, cfg: "Config") -> 
     packs = fill_packs([item.tokens for item in good], cfg.pack_tokens)
     return SimpleNamespace(step=step, packs=[pack([good[m] for m in members]) for members in packs], status=status,
                            pairs=sum(len(item.pairs) for item in good), tokens=sum(item.tokens for item in good),
-                           texts=sum(n > 0 for item in good for n in item.learnt), bad_rows=bad_rows, too_long=too_long)
+                           texts=sum(n > 0 for item in good for n in item.text_tokens), bad_rows=bad_rows,
+                           too_long=too_long)
 
 def to_learn(comparison: Comparison, processor, dice: random.Random) -> list:
-    """What is learnt of a comparison: itself, or by a judge each of its pairs, in an order that is drawn."""
+    """What is learnt of a comparison: itself; by a judge, each of its pairs in a random order."""
     if processor.paradigm in ("naive", "critic"):
         return [encode(comparison, processor)]
     orders = [pair if dice.random() < 0.5 else pair[::-1] for pair in comparison.pairs]
@@ -171,7 +172,7 @@ def take_step(model, optimizer, packs: list[Pack], filler: Pack, micro_steps: in
         batch = (packs[micro_step] if own else filler).to(sums.device)
         wait = isinstance(model, DistributedDataParallel) and micro_step < micro_steps - 1
         with model.no_sync() if wait else contextlib.nullcontext():  # DDP exchanges gradients once, at the end
-            rewards, cross_entropy = model(batch)  # (R,), and () where texts are learnt: critiques or thoughts
+            rewards, cross_entropy = model(batch)  # (R,), and () of critiques or thoughts, 0 without
             loss = pairwise_loss(rewards, batch.pairs, cfg.zero_coef, cfg.length_norm, batch.response_length, pairs)
             loss = loss + cfg.critique_coef * cross_entropy / max(texts, 1)
             (loss * world_size * own).backward()
@@ -430,7 +431,7 @@ def used_or_error(rows, i: int, use, on_bad_row: str):
 def check_held_out(held: list, model: RewardModel, on_bad_row: str) -> list[Comparison]:
     """The held-out rows of all sets, each read and encoded once, shared out over the ranks: one that cannot be used is
     named with file and line now, and not after days of training."""
-    silent = model.processor.paradigm == "think" and model.critiques == "given"  # sharded: see make_model
+    silent = model.processor.paradigm == "think" and model.critiques_from == "given"  # sharded: see make_model
     places = [(rows, i) for rows in held for i in range(len(rows)) if not silent]
     mine = range(dist.get_rank(), len(places), dist.get_world_size())
     use = partial(asked, model=model)
@@ -458,7 +459,7 @@ def make_model(cfg: Config, sets: list, device: torch.device) -> RewardModel:
         if cfg.lora:
             add_lora(model, cfg.lora, cfg.lora_vision)
     if cfg.shard != "none":  # writing takes as many forwards as there are words, and ranks need not write equally many
-        model.critiques = "given"
+        model.critiques_from = "given"
     for part in vision_parts(model.backbone) if cfg.freeze_vision else ():
         part.requires_grad_(False)
     if cfg.gradient_checkpointing:

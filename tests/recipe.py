@@ -171,7 +171,7 @@ def cell(here: Path, row: tuple, options) -> dict:
     read = written = 0
     for path in models:
         model = RewardModel.from_pretrained(path)
-        model.critiques = "given" if "given" in flags else "own"
+        model.critiques_from = "given" if "given" in flags else "own"
         for c in data.read_comparisons(held):
             with contextlib.suppress(ValueError):  # a text-only model and an image
                 read += sum(item.tokens for item in asked(c, model))

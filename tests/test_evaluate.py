@@ -236,7 +236,7 @@ def test_length_bias_tells_words_from_worth():
              "rewards": (torch.tensor(length).double().log1p() + 100 * i).tolist()}
             for i, length in enumerate(([10, 20], [30, 5], [10, 10]))]
     found = {name: f["value"] for name, f in figures(controls(rows)).items() if "sigmoid" not in name}
-    assert found == {"length-matched pairs": 0, "people chose the longer": 50, "model chose the longer": 100}
+    assert found == {"length-matched pairs": 0, "the label prefers the longer": 50, "the model prefers the longer": 100}
     assert length_correlation(rows)["correlation of reward and length"]["value"] == pytest.approx(1)
     assert length_correlation(rows)["correlation of reward and length"]["n"] == 6  # responses
     assert length_correlation([row | {"rewards": [1.0, 1.0]} for row in rows]) == {}  # 0/0
@@ -244,7 +244,7 @@ def test_length_bias_tells_words_from_worth():
 
 def test_a_tie_is_no_choice_of_the_longer():
     found = figures(controls([row | {"characters": [9, 1]} for row in rows_of(("", "", 0), ("", "", 1))]))
-    assert found["model chose the longer"]["value"] == 50 and found["people chose the longer"]["value"] == 100
+    assert found["the model prefers the longer"]["value"] == 50 and found["the label prefers the longer"]["value"] == 100
 
 
 def test_calibration_compares_the_probability_with_how_often_it_is_right():

@@ -69,11 +69,11 @@ def test_the_loss_of_critiques_is_transformers_cross_entropy_of_their_tokens_per
     table, _, last = rows_of(critic, items)
     expected, row = 0.0, 0
     for item in items:
-        for ids, n in zip(item.response_ids, item.learnt):
+        for ids, n in zip(item.response_ids, item.text_tokens):
             logits, words = table[row, last[row] - n:last[row]], torch.tensor(ids[len(ids) - n:], dtype=torch.long)
             expected += torch.nn.functional.nll_loss(logits, words).item() if n else 0.0
             row += 1
-    assert [n > 0 for item in items for n in item.learnt] == [True, False, True, True, True, True]
+    assert [n > 0 for item in items for n in item.text_tokens] == [True, False, True, True, True, True]
     assert cross_entropy.item() == pytest.approx(expected, rel=1e-5)
 
 
@@ -97,9 +97,9 @@ def test_a_critic_scores_after_what_it_wrote_and_on_request_after_what_was_given
         alone = encode(Comparison(dialogue, [], images=ROW.images), critic.processor)
         (((ids,),), _) = m.generate(critic, [alone], critic.critique_tokens)
         assert critic.processor.tokenizer.decode([i for i in ids if i != critic.processor.end]) == text
-    critic.critiques = "given"
+    critic.critiques_from = "given"
     (after_given,) = m.scores_of(critic, [ROW])
-    critic.critiques = "own"
+    critic.critiques_from = "own"
     assert after_given.texts == [] and after_given.rewards == pytest.approx(
         critic(pack([encode(ROW, critic.processor)]))[0].tolist(), abs=1e-5)
     assert critic.score(ROW.prompt, ROW.responses, ROW.images) == pytest.approx(own.rewards, abs=1e-5)
@@ -161,7 +161,7 @@ def test_a_thinking_judge_learns_critiques_and_verdict_and_is_wrong_where_it_giv
     item = encode(judge_pair(ROW, 2, 0, think=True), models["think"].processor)
     text = models["think"].processor.tokenizer.decode(item.response_ids[0])
     assert text == "<think>1: colour wrong 2: colour right</think><answer>2</answer><|im_end|>"
-    assert item.learnt == [len(item.response_ids[0])] and item.pairs == []
+    assert item.text_tokens == [len(item.response_ids[0])] and item.pairs == []
     (score,) = m.scores_of(models["think"], [ROW])
     assert len(score.texts) == 4 and all(margin in (-1, 0, 1) for pair in score.verdicts for margin in pair)
     unread = m.score_of(ROW, [([0.0, 0.0], ["hm"])] * 4, models["think"])

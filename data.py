@@ -1039,13 +1039,15 @@ class Config:
                                                 "skip it; in other sets such rows are always skipped and counted")
 
 def judge_prompts(folders, n: int):
-    """Each pair of the rows (the first n, 0 for all) in both orders: the prompt of a judge that thinks, and as `answer`
-    which is better, 1 or 2. What R1-Reward (arXiv 2505.02835) learns from by RL."""
+    """Each pair of the rows (the first n, 0 for all) in both orders, by chance which is first: prompts of a judge that
+    thinks, and as `answer` which is better, 1 or 2; what R1-Reward (arXiv 2505.02835) learns from by RL. Trap: of such
+    neighbours rl_demo.py may examine on one and learn from the other; so measure a judge by evaluate.py, on other
+    data."""
     for rows in map(read_comparisons, folders):
         for i in range(min(n or len(rows), len(rows))):
             c = rows[i]
             for pair in c.pairs:
-                for order in (pair, pair[::-1]):
+                for order in random.Random(f"{i} {pair}").sample((pair, pair[::-1]), 2):
                     prompt = judge_pair(c, *order, think=True)
                     yield replace(prompt, responses=[], answer="12"[order.index(pair[0])], source="judge",
                                   id=f"{c.id or i + 1}-{order[0]}-{order[1]}")

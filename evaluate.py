@@ -115,8 +115,9 @@ def controls(rows):
         if size != other:
             yield "the label prefers the longer", row["prompt"], size > other
             yield "the model prefers the longer", row["prompt"], margin * (size - other) > 0
-        sure = min(int(10 / (1 + math.exp(-abs(margin)))), 9) / 10  # the probability it gives what it prefers
-        yield f"right where sigmoid(margin) is {sure:.1f} to {sure + 0.1:.1f}", row["prompt"], margin > 0
+        if abs(margin) not in (0, 1):  # the verdicts of a judge that thinks, which says no probability
+            sure = min(int(10 / (1 + math.exp(-abs(margin)))), 9) / 10  # the probability it gives what it prefers
+            yield f"right where sigmoid(margin) is {sure:.1f} to {sure + 0.1:.1f}", row["prompt"], margin > 0
     for row in rows:  # of judges; verdicts of exactly 0 could not be read
         for first, second in row.get("verdicts", []):
             yield "judge: better answer shown first", row["prompt"], first > 0
@@ -352,6 +353,8 @@ def score_folder(model: RewardModel, directory: str, takes: dict, folder: tuple,
     tokens, bar = cfg.pack_tokens or None, f"{Path(directory).name} on {name}"
     at = [i for i, row in enumerate(found) if "error" not in row and directory in takes[row["images"] > 0]]
     taken = [rows[i] for i in at] if isinstance(rows, list) else rows.only(at)
+    if model.critiques_from == "given" and at and not any(rows[i].critiques for i in at[:1000]):
+        raise ValueError(f"--critiques given: {name} has no critiques to read")
     for i, said in zip(at, score_over_ranks(model, taken, tokens, cfg.on_bad_row, bar)):
         if isinstance(said, BadRow):
             found[i] = {"row": i + 1, "error": str(said)}
@@ -361,7 +364,7 @@ def score_folder(model: RewardModel, directory: str, takes: dict, folder: tuple,
             found[i]["rewards"][directory] = said.rewards
             if len(cfg.model) == 1 and said.verdicts:  # in an ensemble its preferences are rewards like any other
                 found[i]["verdicts"] = said.verdicts
-            if said.texts:
+            if said.texts and (len(cfg.model) == 1 or not said.verdicts):  # critiques; thoughts of a judge alone
                 found[i].setdefault("critiques", {})[directory] = said.texts
     visual = [i for i in at if probe and found[i].get("images")]
     seen = [rows[i] for i in visual]
@@ -391,6 +394,8 @@ def score(cfg: "Config", device: torch.device):
     for directory in models:  # one after another: each is loaded once, only one is in memory
         model = RewardModel.from_pretrained(directory, dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[dtype])
         paradigms.append(model.processor.paradigm)
+        if cfg.write_critiques and paradigms != ["critic"]:
+            raise ValueError(f"--write_critiques: {directory} is no critic and writes none")
         model.critiques_from, model.critique_tokens = cfg.critiques, cfg.critique_tokens or model.critique_tokens
         score_folder(model.to(device), directory, takes, held, cfg, probe=False)
         for folder in folders:
@@ -409,8 +414,6 @@ def with_own_critiques(found: list[dict], rows, models: list[str]):
     learnt to write (CLoud, arXiv 2408.11791), since in use it reads its own."""
     for row in found:
         if "error" not in row:
-            if "verdicts" in row or not row.get("critiques"):
-                raise ValueError(f"--write_critiques: {models[0]} is no critic and writes none")
             yield replace(rows[row["row"] - 1], critiques=row["critiques"][models[0]])
 
 RECEIPT = {"model", "command", "commit", "date", "hardware", "dtype", "seconds"}  # what a line of facts has beside
@@ -456,7 +459,7 @@ def summarise(benchmark: str, rows: list[dict], grouping: str) -> dict:
     return {"rows": len(good), "expected": BENCHMARKS.get(benchmark, len(rows) - prior) + prior,
             "missing": f"one: {lost[0]['error']}" if lost else "the folder has no more", "grouping": grouping,
             "prompts": len({row["prompt"] for row in good}), "pairs": sum(len(row["pairs"]) for row in good),
-            "ties": sum(margin == 0 for _, _, _, margin in margins(good)),
+            "verdicts": sum(1 for _ in margins(good)), "ties": sum(margin == 0 for _, _, _, margin in margins(good)),
             "figures": metrics(benchmark, good, grouping),
             "beyond": dict(sorted(figures(controls(good)).items())) | length_correlation(good)}
 
@@ -569,11 +572,13 @@ def leave(out: Path, facts: dict, found: list[dict], rows, cfg: "Config") -> tup
     """summary.json, table.md and report.html of one folder; returns its figures and the text of its tables."""
     benchmark, name = facts["benchmark"], " + ".join(Path(model).name for model in facts["model"])
     summary, notes = summarise(benchmark, found, cfg.grouping), list(NOTES.get(benchmark, []))
-    notes += [note.format(**facts) for kind, note in PARADIGM_NOTES.items() if kind in facts.get("paradigms", [])]
+    if len(facts["model"]) == 1:  # in an ensemble a judge's preferences are rewards like any other's
+        notes += [note.format(**facts) for kind, note in PARADIGM_NOTES.items() if kind in facts.get("paradigms", [])]
     table, rest = tables(summary, benchmark, name)
     complete = summary["rows"] == summary["expected"]
     count = "{rows:,} rows" if complete else "{rows:,} OF {expected:,} ROWS ({missing:.200})"
-    count = (count + ", {prompts:,} prompts, {pairs:,} pairs, {ties:,} ties").format(**summary)
+    verdicts = ", {verdicts:,} verdicts" * (summary["verdicts"] != summary["pairs"])  # a judge's
+    count = (count + ", {prompts:,} prompts, {pairs:,} pairs" + verdicts + ", {ties:,} ties").format(**summary)
     first = printable(f"{out.name} ({benchmark}, {cfg.grouping} grouping): {count}")
     receipt = "{command} · commit {commit} · {date} · {hardware} · {dtype} · {seconds} s".format(**facts)
     text = printable("\n\n".join([first, markdown(table), *notes, markdown(rest), receipt]))
@@ -581,7 +586,7 @@ def leave(out: Path, facts: dict, found: list[dict], rows, cfg: "Config") -> tup
     write_text(out / "table.md", text + "\n")
     if rows:
         cards, wrong = mistakes(found, rows, cfg.worst)
-        shown = f"{len(cards)} of the {wrong:,} wrong among {summary['pairs']:,} pairs; margin: chosen less rejected"
+        shown = f"{len(cards)} of the {wrong:,} wrong of {summary['verdicts']:,}; margin: chosen less rejected"
         write_text(out / "report.html", page(f"{name} on {first}", [
             {"text": [*notes, receipt], "table": table, "bold": name},
             {"heading": "Does it look, does it count words, is it as often right as it says", "table": rest},
@@ -614,8 +619,9 @@ def main(cfg: Config) -> None:
     check_numbers(cfg, not_negative=("worst", "pack_tokens", "critique_tokens"))
     if not cfg.model and not cfg.rescore:
         raise ValueError("--model DIR is missing: a saved reward model, such as runs/default after train.py")
-    if cfg.write_critiques and (len(cfg.model) != 1 or len(cfg.data) > 1 or cfg.rescore or cfg.critiques == "given"):
-        raise ValueError("--write_critiques takes one critic (--model), one folder (--data), and its own critiques")
+    if cfg.write_critiques and (len(cfg.model) != 1 or len(cfg.data) != 1 or cfg.rescore or cfg.critiques == "given"
+                                or Path(cfg.write_critiques).exists()):
+        raise ValueError("--write_critiques takes one critic (--model), one folder (--data), and a folder that is new")
     device, texts, folders, values = start_processes(), [], {}, {}
     for out, facts, found, rows in rescored(cfg) if cfg.rescore else score(cfg, device):
         if dist.get_rank() == 0:

@@ -366,7 +366,7 @@ def with_critiques(item: Encoded, critiques: list, processor: "Processor") -> En
 
 def judge_pair(comparison: Comparison, first: int, second: int, think: bool = False) -> Comparison:
     """A generative reward model has no head. It is asked which of two answers is better, and "1" and "2" are the two
-    responses: their log-probabilities (without <|im_end|>) are the rewards. Again a comparison, one pack, the same loss.
+    responses: their log-probabilities (without <|im_end|>) are the rewards. Again a comparison, a pack, the same loss.
     What it says depends on the order of the answers, so both orders are asked in scoring.
 
     With `think` there is one response, <think>1: critique 2: critique</think><answer>1</answer>: it learns to write
@@ -763,7 +763,7 @@ def score_of(comparison: Comparison, answers: list, model: RewardModel) -> Score
     for (i, j), (first, _), (second, _) in zip(judged_pairs(comparison), answers[::2], answers[1::2]):
         score.verdicts.append([first[0] - first[1], second[1] - second[0]])
         for margin in score.verdicts[-1]:
-            preference = 1 / (1 + math.exp(-margin)) - 0.5  # less 1/2: to be in many pairs is no merit
+            preference = math.tanh(margin / 2) / 2  # sigmoid(margin) - 1/2: to be in many pairs is no merit
             score.rewards[i] += preference / 2
             score.rewards[j] -= preference / 2
     return score
@@ -774,6 +774,8 @@ def answers_to(items: list[Encoded], model: RewardModel, pack_tokens: int | None
     nothing from more than 1,024. of_all: from the number of packs here to how many forwards are made, of a filler where
     packs are fewer: equally many on all ranks, so that a sharded model can gather its layers."""
     processor, texts = model.processor, [[]] * len(items)
+    if processor.paradigm == "think" and model.critiques_from == "given":
+        raise ValueError("a judge that thinks is scored by what it writes; --critiques given is for critics")
     pack_tokens = pack_tokens or (16384 if model.device.type == "cuda" else 1024)
     if model.critiques_from == "own" and processor.paradigm in ("critic", "think"):
         written = write(items, model, 8 * pack_tokens)

@@ -253,9 +253,8 @@ def roll_out(policy: Policy, prompts: list[tuple], step, run) -> list[SimpleName
               for m in (*run.reward_models, *run.judges)]
     for g, *rewards in zip(groups, *scored):
         first = [g.rollouts.index(ids) for ids in g.rollouts]
-        rewards = torch.tensor(rewards or [[0.0] * len(first)])[:, first]  # (models, G)
-        g.model_rewards = rewards[:max(len(run.reward_models), 1)].mean(dim=0)  # (G,) r_i
-        g.judged = rewards[-1] if run.judges else None
+        g.judged = torch.tensor(rewards.pop())[first] if run.judges else None  # (G,)
+        g.model_rewards = torch.tensor(rewards or [[0.0] * len(first)]).mean(dim=0)[first]  # (G,) r_i
     return groups
 
 # The answer rule ------------------------------------------------------------------------------------------------------
@@ -307,7 +306,8 @@ def drop_outliers(groups: list) -> None:
     every = torch.tensor([a for part in gather_objects([g.advantages.tolist() for g in groups]) for a in sum(part, [])])
     for g in groups:
         z = (g.advantages - every.mean()) / (every.std(correction=0) + 1e-6)
-        g.advantages = torch.where(z.abs() <= 3, z, 0.0)
+        if g.advantages.any():
+            g.advantages = torch.where(z.abs() <= 3, z, 0.0)
 
 # 5 to 7  Packs and metrics --------------------------------------------------------------------------------------------
 def packs_of(groups: list, cfg: Config):  # yields (some groups, their rollouts as one pack)
@@ -398,8 +398,9 @@ def grpo(kind: str, start, run) -> int:
     exam = examine(policy.eval(), run) | {"seconds": round(time.time() - began, 1)}
     if dist.get_rank() == 0:  # who finds result.json finds all; only then the checkpoint goes
         policy.save_pretrained(folder / "policy")
-        if (Path(start) / "reward_config.json").exists():  # it was a judge, and still is
-            shutil.copy(Path(start) / "reward_config.json", folder / "policy")
+        judge = Path(start) / "reward_config.json"
+        if judge.exists() and json.loads(judge.read_bytes()).get("paradigm") in ("direct", "think"):
+            shutil.copy(judge, folder / "policy")  # it was a judge, and still is
         write_text(folder / "result.json", json.dumps(exam) + "\n")
         file.unlink()
     say(f"{kind}: true accuracy {percent([figures(exam)])} percent after {step} steps, {exam['seconds']:.0f} s")
@@ -550,11 +551,12 @@ def main(cfg: Config) -> int:
     # B  Reward models, in bf16 on a GPU; the start, which as reference never moves
     start, paths, dtype = cfg.policy, cfg.reward_model, torch.bfloat16 if device.type == "cuda" else torch.float32
     if cfg.reward_model == ["runs/default"] and not Path("runs/default/reward_config.json").exists():
-        if cfg.reward != ["rule"] or start == "tiny":
+        if not set(cfg.reward) <= {"rule"} | ({"pairwise"} if cfg.judge else set()) or start == "tiny":
             raise ValueError("there is no reward model in runs/default; `python train.py --out runs/default` makes one")
         paths = []
     reward_models = [RewardModel.from_pretrained(path, dtype).to(device) for path in paths]
-    judges = [RewardModel.from_pretrained(cfg.judge, dtype).to(device)] if cfg.judge else []
+    asks = cfg.judge and "pairwise" in cfg.reward
+    judges = [RewardModel.from_pretrained(cfg.judge, dtype).to(device)] if asks else []
     if judges and judges[0].head is not None:
         raise ValueError(f"--judge {cfg.judge} is no generative reward model; train.py --paradigm generative makes one")
     if start == "tiny":

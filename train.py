@@ -730,7 +730,8 @@ def report(out: Path, model: RewardModel, held: list[Comparison], begun: float, 
                f"longer than {cfg.pack_tokens} tokens": sum(row["too_long"] for row in log)}
     if log and not pairs and not texts:
         raise ValueError(f"not one pair could be used, all were dropped: {dropped}")
-    some, shuffled = held or [Comparison("?", ["a", "b"])], shuffle_images(held, cfg.seed)
+    some = held or [Comparison("?", ["a", "b"])] * (cfg.kind != "think")  # sharded, it can write nothing: make_model
+    shuffled = shuffle_images(held, cfg.seed)
     scores = score_over_ranks(model.eval(), some, cfg.pack_tokens, cfg.on_bad_row, "held out")
     if not all(math.isfinite(sum(score.rewards)) for score in scores if isinstance(score, Score)):
         raise ValueError("the rewards are not finite, so no model is saved; start anew with a lower --lr")

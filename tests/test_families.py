@@ -196,10 +196,10 @@ def test_the_published_configuration_trains_two_steps(published, kind):
     model = RewardModel.from_backbone(published(kind), max_pixels=1280 * 28 * 28).train()
     video = Comparison("<video>What moves?", ["nothing", "it"], [(1, 0)], [moving(2, (84, 84))])
     items = [encode(c, model.processor) for c in (COMPARISONS["text, K = 4"], COMPARISONS["one image"], video)]
-    assert (model(pack(items)) - stock_rewards(model, items)).abs().max() < 1e-5
+    assert (model(pack(items))[0] - stock_rewards(model, items)).abs().max() < 1e-5
     optimizer, losses = torch.optim.AdamW(model.parameters(), 1e-3), []
     for _ in range(3):
-        rewards, pairs = model(pack(items)), pack(items).pairs
+        (rewards, _), pairs = model(pack(items)), pack(items).pairs
         losses.append(pairwise_loss(rewards, pairs))
         losses[-1].backward()
         assert all(p.grad is not None for p in model.parameters())
@@ -272,7 +272,7 @@ def test_a_pack_with_and_without_images_reaches_every_parameter(backbones, kind)
     for name in ("text, K = 2", "one image"):
         model.zero_grad()
         packed = pack([COMPARISONS[name]], model.processor)
-        pairwise_loss(model(packed), packed.pairs).backward()
+        pairwise_loss(model(packed)[0], packed.pairs).backward()
         assert all(p.grad is not None for p in model.parameters())
         reached = [part for part in m.vision_parts(model.backbone) if sum(p.grad.abs().sum() for p in part.parameters())]
         assert bool(reached) == (name == "one image")
@@ -317,19 +317,19 @@ def test_each_family_trains_frozen_and_sharded_and_is_a_policy(kind, tmp_path):
     name = next(name for name, made in train.TINY.items() if made == kind)
     data = str(write_comparisons(tmp_path / "drawn", synthetic(24, seed=5), bar=False))
     weights = []
-    for shard in (False, True):
+    for shard in ("none", "all"):
         out = tmp_path / f"run{shard}"
         cfg = train.Config(backbone=name, data=[data], eval_data=[data], out=str(out), batch_size=8, max_steps=2, eval_every=0,
-                           freeze_vision=True, shard=shard, gradient_checkpointing=shard)
+                           freeze_vision=True, shard=shard, gradient_checkpointing=shard == "all")
         assert train.main(cfg.resolved()) == 0
         weights.append(RewardModel.from_pretrained(out).state_dict())
-    start = RewardModel.from_backbone(tmp_path / "runFalse" / "tiny_backbone").state_dict()
+    start = RewardModel.from_backbone(tmp_path / "runnone" / "tiny_backbone").state_dict()
     plain, sharded = weights
     for key in plain:
         frozen = key.startswith(("backbone.visual", "backbone.vision_tower", "backbone.multi_modal_projector"))
         assert key.startswith("head") or frozen == torch.equal(plain[key], start[key]), key
         assert (plain[key] - sharded[key]).abs().max() < 1e-4 or key == "head.2.bias", key  # which no loss pulls at
-    cfg = rl_demo.Config(reward_model=[str(tmp_path / "runFalse")], reward=["hybrid"], sft_steps=2, max_steps=1, batch_size=2, eval_size=4,
+    cfg = rl_demo.Config(reward_model=[str(tmp_path / "runnone")], reward=["hybrid"], sft_steps=2, max_steps=1, batch_size=2, eval_size=4,
                          group_size=2, max_new_tokens=3, out=str(tmp_path / "rl"))
     assert rl_demo.main(cfg.resolved()) == 0
     assert json.loads((tmp_path / "rl" / "summary.json").read_text())["n"] == 4
@@ -346,7 +346,7 @@ def test_a_sharded_tower_of_internvl_computes_with_the_very_scales_of_an_unshard
                 p.data.fill_(1.003)  # 1.0 in bf16
         pixels = encode(COMPARISONS["one image"], model.processor).pixel_values
         model.forward = lambda pixels, of=model.backbone: m.see_internvl(of, pixels, None)[0]
-        model = train.distribute(model, True, torch.bfloat16) if shard else model
+        model = train.distribute(model, torch.device("cpu"), "all", torch.bfloat16) if shard else model
         with torch.autocast("cpu", torch.bfloat16):
             found.append(model(pixels).detach())
     assert torch.equal(*found)

@@ -243,8 +243,9 @@ def test_critics_and_judges_stand_on_every_family_with_lora_too(kind, tmp_path):
             p.data = p.data.normal_(std=0.1) if name.endswith("lora_b") else p.data
         rewards, cross_entropy = model.train()(pack(train.to_learn(row, model.processor, random.Random(0))))
         (rewards.sum() + cross_entropy).backward()
-        trained = {name.rpartition(".")[2] for name, p in model.named_parameters() if p.grad is not None}
-        assert trained - {"weight", "bias"} == {"lora_a", "lora_b"}
+        trained = {name.rpartition(".")[2] for name, p in model.named_parameters()
+                   if p.grad is not None and not name.startswith("head.")}
+        assert trained == {"lora_a", "lora_b"}
         model.save_pretrained(tmp_path / paradigm, train.merged(model.state_dict()))
         (before,), (after,) = (m.scores_of(one, [row]) for one in (model.eval(), RewardModel.from_pretrained(tmp_path / paradigm)))
         assert after.rewards == pytest.approx(before.rewards, abs=1e-4) and after.texts == before.texts
@@ -282,7 +283,7 @@ def test_drawn_critiques_are_true():
 def test_judge_prompts_for_rl_hold_both_orders_of_each_pair_with_their_answers(tmp_path):
     rows = [Comparison("?", ["good", "bad"], [(0, 1)], id="7")]
     write_comparisons(tmp_path / "rows", rows, bar=False)
-    first, second = judge_prompts([tmp_path / "rows"], 0)
+    first, second = sorted(judge_prompts([tmp_path / "rows"], 0), key=lambda c: c.answer)
     assert (first.answer, second.answer) == ("1", "2") and first.prompt.startswith("?\nAnswer 1: good\nAnswer 2: bad\n")
     assert second.prompt.startswith("?\nAnswer 1: bad") and not first.responses
     assert rl.answer_matches("<think>1: good 2: 5</think><answer>1</answer>", first.answer)

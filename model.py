@@ -99,7 +99,7 @@ def encode(comparison: Comparison, processor: "Processor") -> Encoded:
     """
     tokenizer, images = processor.tokenizer, list(comparison.images)
     if images and processor.image_processor is None:
-        raise ValueError(f"the prompt has {len(images)} images but the backbone is text-only; use a Qwen2.5-VL")
+        raise ValueError(f"the prompt has {len(images)} images but the backbone is text-only")
     messages, family = to_messages(comparison.prompt, images), processor.family
     read = [family.read(image, processor.image_processor) for image in images]
     grids, marks = [grid for _, grids, _ in read for grid in grids], iter([mark for *_, mark in read])
@@ -241,7 +241,8 @@ def embed(backbone, pack: Pack) -> tuple[torch.Tensor, dict]:
     if not family.pads:
         return embeddings, {}
     if len(pack.image_grid_thw):
-        of_image = (ids == config.image_token_id) | (ids == getattr(config, "video_token_id", -1))  # (T,)
+        video = config.video_token_id if VIDEO_PAD in family.pads else config.image_token_id
+        of_image = (ids == config.image_token_id) | (ids == video)  # (T,)
         features, *deep = family.see(backbone, pack.pixel_values, pack.image_grid_thw)  # (image tokens, D) each
         options = {"visual_pos_masks": of_image[None], "deepstack_visual_embeds": deep} if deep else {}
         return embeddings.masked_scatter(of_image[:, None], features.to(embeddings.dtype)), options
@@ -360,7 +361,7 @@ def with_critiques(item: Encoded, critiques: list, processor: "Processor") -> En
     own end. critiques: K lists of token ids, or None.
     """
     ask = processor.tokenizer(CRITIQUE_TURN, add_special_tokens=False).input_ids
-    both = list(zip(item.response_ids, critiques))
+    both = list(zip(item.response_ids, critiques, strict=True))
     return replace(item, response_ids=[ids if c is None else [*ids, *ask, *c, processor.end] for ids, c in both],
                    text_tokens=[0 if c is None else len(c) + 1 for _, c in both])
 
@@ -783,7 +784,7 @@ def answers_to(items: list[Encoded], model: RewardModel, pack_tokens: int | None
         if processor.paradigm == "think":
             said = [verdict(text) for (text,) in texts]
             return [([float(one == 1), float(one == 2)], group) for one, group in zip(said, texts)]
-        items = [with_critiques(item, group, processor) for item, group in zip(items, written)]
+        items = [with_critiques(item, [ids or None for ids in group], processor) for item, group in zip(items, written)]
     found, filler = [[]] * len(items), pack([Comparison("?", ["a"])], processor)
     packs = fill_packs([item.tokens for item in items], pack_tokens)
     for p in range(of_all(len(packs))):
@@ -800,10 +801,15 @@ def write(items: list[Encoded], model: RewardModel, tokens: int) -> list[list[li
     ask = model.processor.tokenizer(CRITIQUE_TURN, add_special_tokens=False).input_ids
     starts = [[] if model.head is None else [[*ids, *ask] for ids in item.response_ids] for item in items]
     prompts = [item.with_responses(start) for item, start in zip(items, starts)]
-    room = [max(len(start), 1) * (len(item.prompt_ids) + max(map(len, start), default=0) + model.critique_tokens)
-            for item, start in zip(items, starts)]  # tokens of its rows
-    found = {}
-    for members in fill_packs(room, tokens):
+    wide = [len(item.prompt_ids) + max(map(len, start), default=0) + model.critique_tokens
+            for item, start in zip(items, starts)]  # tokens of each of its rows
+    found, groups, rows = {}, [], 0
+    for m in sorted(range(len(items)), key=lambda m: -wide[m]):  # rows are padded to the widest: like ones together
+        rows += max(len(starts[m]), 1)
+        if not groups or rows * wide[groups[-1][0]] > tokens:
+            groups, rows = [*groups, []], max(len(starts[m]), 1)
+        groups[-1].append(m)
+    for members in groups:
         rollouts, _ = generate(model, [prompts[m] for m in members], model.critique_tokens)
         found |= {m: [[i for i in ids if i != model.processor.end] for ids in group]
                   for m, group in zip(members, rollouts)}

@@ -418,7 +418,7 @@ def make_policy(cfg: Config, folder: Path, reward_model: RewardModel, rows=None)
     config = type(backbone.config).from_dict(backbone.config.to_dict())
     lm = kind.from_config(config, attn_implementation="branches", trust_remote_code=False)
     lm.model.load_state_dict(backbone.state_dict())
-    policy = Policy(lm.float(), reward_model.processor).to(reward_model.device).train()
+    policy = Policy(lm.float(), replace(reward_model.processor, paradigm="naive")).to(reward_model.device).train()
     rows = rows or synthetic(steps * 16, seed=2_000_000 + cfg.seed)  # pictures of their own, never shown again
     optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
     for step in tqdm(range(steps), desc="fine-tuning the tiny policy"):

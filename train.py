@@ -332,7 +332,12 @@ def distribute(model: RewardModel, device: torch.device, shard: str, product_dty
     products = MixedPrecisionPolicy(product_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     first = dist.get_rank() == 0
     weights, buffers = (model.state_dict(), list(model.buffers())) if first else ({}, [])
-    layers = list(getattr(model.to("meta").backbone, "language_model", model.backbone).layers)
+    # Trap: `to` gives an embedding and a vocabulary head that share a weight one each
+    tied = model.lm_head is not None and model.lm_head.weight is model.backbone.get_input_embeddings().weight
+    model.to("meta")
+    if tied:
+        model.lm_head.weight = model.backbone.get_input_embeddings().weight
+    layers = list(getattr(model.backbone, "language_model", model.backbone).layers)
     for part in vision_parts(model.backbone):
         layers += [layer for stack in part.modules() if isinstance(stack, torch.nn.ModuleList) for layer in stack]
     for layer in layers:
@@ -515,12 +520,13 @@ def merged(state: dict) -> dict:
     return out
 
 def texts_of(rows, kind: str):
-    """Prompt and responses of the first rows. What is wrong with one is said when it is trained on."""
+    """The texts of the first rows. What is wrong with one is said when it is trained on."""
     for i in range(min(2000, len(rows))):
         with contextlib.suppress(BadRow):
-            yield f"{rows[i].prompt} {' '.join(rows[i].responses)}"
+            c = rows[i]
+            yield f"{c.prompt} {' '.join(c.responses)}"
             if kind != "naive":  # a pretrained model knows these words too
-                seen = judge_pair(rows[i], *rows[i].pairs[0], think=True)
+                seen = judge_pair(c, *c.pairs[0], think=True)
                 yield f"{seen.prompt} {seen.responses[0]} {CRITIQUE_TURN}"
 
 # The run folder ------------------------------------------------------------------------------------------------------
@@ -582,7 +588,9 @@ def save_checkpoint(out: Path, model, optimizer, state: dict) -> None:
             for old in [*kept[:-2], *out.glob(".checkpoint-*.partial")]:  # of a write that was killed
                 remove(old)
         return
-    state = state | {"model": dcp.get_model_state_dict(model, options=TRAINED),
+    known = {name for name, p in model.named_parameters() if p.requires_grad}  # a weight that is shared has one name
+    weights = dcp.get_model_state_dict(model, options=TRAINED)
+    state = state | {"model": {name: w for name, w in weights.items() if name in known},
                      "optimizer": dcp.get_optimizer_state_dict(model, optimizer, options=FULL)}
     if first:
         with replacing(out / "checkpoint.pt") as part:
@@ -725,7 +733,7 @@ def report(out: Path, model: RewardModel, held: list[Comparison], begun: float, 
     log = from_first(read_log(out / "metrics.jsonl"))
     pairs = sum(row["pairs"] for row in log)
     losses = [row["loss"] for row in log if row["pairs"] and math.isfinite(row["loss"])][-50:]
-    texts = [row["text_loss"] for row in log if row["texts"]][-50:]
+    texts = [row["text_loss"] for row in log if row.get("texts")][-50:]
     dropped = {"bad row": sum(row["bad_rows"] for row in log),
                f"longer than {cfg.pack_tokens} tokens": sum(row["too_long"] for row in log)}
     if log and not pairs and not texts:
@@ -742,8 +750,9 @@ def report(out: Path, model: RewardModel, held: list[Comparison], begun: float, 
         "n_by_category": {name: n for name, (_, n) in parts.items()},
         "accuracy": round(accuracy(held, scores), 4) if parts else None,
         "accuracy_images_shuffled": round(accuracy(shuffled, blind), 4) if shuffled else None,
-        "n": sum(n for _, n in parts.values()), "n_comparisons": len(held), "final_loss": fmean(losses or [0.0]),
-        "final_text_loss": fmean(texts or [0.0]), "steps": len(log), "pairs_seen": pairs, "dropped": dropped,
+        "n": sum(n for _, n in parts.values()), "n_comparisons": len(held), "critiques": model.critiques_from,
+        "final_loss": fmean(losses) if losses else None, "final_text_loss": fmean(texts) if texts else None,
+        "steps": len(log), "pairs_seen": pairs, "dropped": dropped,
         "bad_gradients": sum(not math.isfinite(row["grad_norm"]) for row in log),
         "parameters": sum(p.numel() for p in model.parameters()), "world_size": dist.get_world_size(),
         "seconds": round(time.time() - begun, 1)}
@@ -767,11 +776,12 @@ def report(out: Path, model: RewardModel, held: list[Comparison], begun: float, 
 
 def draw_log(out: Path, log: list[dict]) -> None:
     """The learning curve as out/curve.svg; training figures are means over a fiftieth of the run."""
-    log = [row for row in log if row["pairs"] or row["texts"]]
+    log = [row for row in log if row["pairs"] or row.get("texts")]
     width = max(len(log) // 50, 1)
     parts = [log[i:i + width] for i in range(0, len(log), width)]
     loss, right, margin, text_loss = (
-        [(part[-1]["step"], fmean(row[name] for row in part)) for part in parts if part[0][name] is not None]
+        [(part[-1]["step"], fmean(known)) for part in parts
+         if (known := [row[name] for row in part if row.get(name) is not None])]
         for name in ("loss", "accuracy", "margin", "text_loss"))
     held = [(row["step"], row["eval_accuracy"]) for row in log if "eval_accuracy" in row]
     draw_curves(out / "curve.svg", str(out), [

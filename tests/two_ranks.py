@@ -101,7 +101,7 @@ if __name__ == "__main__":
     rank = dist.get_rank()
     results = {"steps": [gradient(told["backbone"], told["drawn"], shard=shard) for shard in ("none", "all")],
                "lora": [gradient(told["backbone"], told["drawn"], shard=shard, lora=4) for shard in ("none", "node")],
-               "paradigms": [gradient(told["writer"], told["drawn"], 400, shard, paradigm=paradigm)
+               "paradigms": [gradient(told["writers"][paradigm], told["drawn"], 400, shard, paradigm=paradigm)
                              for paradigm in ("critic", "direct", "think") for shard in ("none", "all")],
                "bf16": [rewards_in_bf16(told["backbone"], shard) for shard in ("none", "all")],
                "bf16 lora": [rewards_in_bf16(told["backbone"], shard, lora=4) for shard in ("none", "all")]}

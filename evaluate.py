@@ -225,7 +225,8 @@ PARADIGM_NOTES = {
               "known weakness of its paradigm: it learnt to read critiques that are better than those it writes.",
     "direct": "A judge: every pair was asked in both orders, each verdict counts by itself, and n counts verdicts. "
               "Figures about images compare each response's preferences, summed over its pairs and orders.",
-    "think": "A judge that thinks: as one that does not, and a verdict that cannot be read is wrong."}
+    "think": "A judge that thinks: every pair was asked in both orders, each verdict counts by itself, and n counts "
+             "verdicts; one that cannot be read is wrong."}
 
 # Figures with their intervals -----------------------------------------------------------------------------------------
 def figures(events, metric=dict) -> dict:

@@ -256,7 +256,7 @@ class Config:
         if cfg.think and cfg.paradigm != "generative" or cfg.length_norm and cfg.paradigm != "naive":
             raise ValueError(f"--paradigm {cfg.paradigm}: --think is generative, and --length_norm naive (Algorithm 1)")
         if cfg.lora_vision and (cfg.freeze_vision or not cfg.lora):
-            raise ValueError("--lora_vision trains updates in the vision tower: with --lora, without --freeze_vision")
+            raise ValueError("--lora_vision needs --lora, and a vision tower that is not frozen by --freeze_vision")
         if cfg.warmup > 1 or cfg.epochs > 1000:
             raise ValueError(f"--warmup {cfg.warmup:g} is a share, at most 1; --epochs {cfg.epochs:g}: at most 1000")
         return cfg

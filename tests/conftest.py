@@ -70,7 +70,7 @@ def begun(request, one_thread, tmp_path_factory, backbones):
     def run(folder, words):
         environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         words = ["nice", "-n", "10", *words]  # one core for the tests, and for these what is left
-        return folder, subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+        return folder, subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
 
     found = dict.fromkeys(name for item in request.session.items for name in item.fixturenames if name in COMMANDS)
     with ThreadPoolExecutor(2) as pool:

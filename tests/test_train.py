@@ -6,7 +6,6 @@ import os
 import pickle
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -194,34 +193,21 @@ def test_a_checkpoint_in_parts_is_read_by_another_number_of_ranks_and_holds_no_p
         assert not [*(here / name).glob("checkpoint*")]
 
 
-def test_two_nodes_take_the_steps_of_one_and_go_on_by_themselves_after_a_worker_is_killed(cfg, tmp_path):
+@command
+def two_nodes_of_train(folder, backbones):
+    cfg = small_run(backbones(), draw(folder / "drawn"), "run")
+    words = flags(replace(cfg, shard="node", resume=True, save_every=1))
+    return [sys.executable, "tests/two_nodes.py", folder, *words]
+
+
+def test_two_nodes_take_the_steps_of_one_and_go_on_by_themselves_after_a_worker_is_killed(two_nodes_of_train, backbones):
     """Each with a disk of its own, sharded within the node; the first rank alone writes, and resumes for all."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # Without the last, torch 2.13's launchers hand their store on to the new workers, who find the addresses of the dead
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-                                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    nodes, ends = [], [tmp_path / "node-0", tmp_path / "node-1"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--max_restarts=3",
-               "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", ROOT / "train.py"]
-    for disk in ends:
-        disk.mkdir()
-        with open(disk / "said", "w") as said:
-            nodes.append(subprocess.Popen(
-                [*command, *flags(replace(cfg, out="run", shard="node", resume=True, save_every=1))], cwd=disk,
-                env=environment, stdout=said, stderr=said))
-    assert main(cfg) == 0
-    deadline = time.time() + 120
-    while not (ends[0] / "run" / "checkpoint.pt").exists():
-        assert time.time() < deadline and nodes[0].poll() is None, (ends[0] / "said").read_text()[-3000:]
-        time.sleep(0.02)
-    worker = subprocess.run(["pgrep", "-P", str(nodes[1].pid)], capture_output=True, text=True).stdout
-    os.kill(int(worker), signal.SIGKILL)
-    assert [node.wait(120) for node in nodes] == [0, 0], (ends[0] / "said").read_text()[-3000:]
-    assert "going on from step" in (ends[0] / "said").read_text() and not (ends[1] / "run").exists()
-    assert relative(weights(ends[0] / "run"), weights(cfg.out)) < 1e-3
-    losses = [[row["loss"] for row in log_of(folder)] for folder in (ends[0] / "run", cfg.out)]
+    here, run = two_nodes_of_train
+    assert run.returncode == 0, run.stderr
+    assert main(small_run(backbones(), here / "drawn", here / "one")) == 0
+    assert "going on from step" in (here / "node-0" / "said").read_text() and not (here / "node-1" / "run").exists()
+    assert relative(weights(here / "node-0" / "run"), weights(here / "one")) < 1e-3
+    losses = [[row["loss"] for row in log_of(folder)] for folder in (here / "node-0" / "run", here / "one")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
@@ -258,7 +244,8 @@ class Questions(TorchDispatchMode):
 
 
 def test_a_step_asks_the_device_for_no_number_until_its_end(tiny, drawn, monkeypatch):
-    """Neither the forward nor a micro-step, so that the device is never without work; one pack holds a picture."""
+    """Neither the forward nor a micro-step, so that the device is never without work; but the vision tower's windows
+    are asked for, once a pack."""
     start_processes()
     model, rows = copy.deepcopy(tiny).train(), read_comparisons(drawn)
     packs = [pack([rows[i]], model.processor) for i in range(3)]
@@ -266,8 +253,10 @@ def test_a_step_asks_the_device_for_no_number_until_its_end(tiny, drawn, monkeyp
     optimizer, asked = torch.optim.SGD(model.parameters(), lr=0.0), []
     for some in (packs[:1], packs):
         with Questions(monkeypatch) as questions:
-            train.take_step(model, optimizer, some, packs[0], len(some), 3, Config())
+            train.take_step(model, optimizer, some, packs[0], len(some), 3, 0, Config())
         asked.append(dict(questions.asked))
+    for n, found in zip((1, 3), asked):  # the lengths of the windows, once for the tower's two kinds of layers
+        assert found.pop("attend_by_length") <= 2 * n
     assert asked[0] == asked[1] and asked[0].keys() == {"take_step"} and asked[0]["take_step"] < 5
 def test_rows_are_dealt_out_by_their_length(tmp_path, monkeypatch):
     """Each once, whatever the number of ranks, and to the rank that has least."""

@@ -550,10 +550,11 @@ def main(cfg: Config) -> int:
     say(json.dumps(asdict(cfg)))
     # B  Reward models, in bf16 on a GPU; the start, which as reference never moves
     start, paths, dtype = cfg.policy, cfg.reward_model, torch.bfloat16 if device.type == "cuda" else torch.float32
-    if cfg.reward_model == ["runs/default"] and not Path("runs/default/reward_config.json").exists():
-        if not set(cfg.reward) <= {"rule"} | ({"pairwise"} if cfg.judge else set()) or start == "tiny":
+    if cfg.reward_model == ["runs/default"]:  # not named: the tiny one is of no use to a policy with other tokens
+        if start != "tiny" and set(cfg.reward) <= {"rule"} | ({"pairwise"} if cfg.judge else set()):
+            paths = []
+        elif not Path("runs/default/reward_config.json").exists():
             raise ValueError("there is no reward model in runs/default; `python train.py --out runs/default` makes one")
-        paths = []
     reward_models = [RewardModel.from_pretrained(path, dtype).to(device) for path in paths]
     asks = cfg.judge and "pairwise" in cfg.reward
     judges = [RewardModel.from_pretrained(cfg.judge, dtype).to(device)] if asks else []

@@ -19,7 +19,7 @@ import shutil
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
@@ -193,21 +193,25 @@ def cell(here: Path, row: tuple, options) -> dict:
             "by_category": {key: f["value"] for key, f in found["figures"].items() if key != "accuracy"}}
 
 
-def cells_of(here: Path, seed: int, options, bar) -> dict:
-    """{row: its cell} of one seed; those that are finished are read."""
+def begin(here: Path, seed: int, options) -> list[tuple]:
+    """What the rows of a seed start from; returns the rows."""
     here.mkdir(exist_ok=True)
     if options.table in ("1", "2", "algorithm1", "4") and not (here / "stand_in").exists():
         script(here, "tests/recipe.py", "--stand_in", here / "stand_in", "--seeds", seed, "--stand_in_steps",
                options.stand_in_steps)
-    rows = [row for row in TABLES[options.table](here, seed, options) if options.only in row[0]]
-    bar.total, found = (bar.total or 0) + len(rows), {}
-    for row in rows:
-        file = here / f"{row[0].replace(' ', '_')}.json"
-        if not file.exists():
-            file.write_text(json.dumps(cell(here, row, options)))
-        found[row[0]] = json.loads(file.read_text())
-        bar.update()
-    return found
+    return [row for row in TABLES[options.table](here, seed, options) if options.only in row[0]]
+
+
+def finish(here: Path, row: tuple, options, earlier, bar) -> dict:
+    """The cell of a row, made or, if it is finished, read. One that is not a model of its own, trained by one command,
+    takes what the rows before it made: it waits for them."""
+    if len(row[2]) != 1 or len(row[3].split()) > 1:
+        wait(earlier)
+    file = here / f"{row[0].replace(' ', '_')}.json"
+    if not file.exists():
+        file.write_text(json.dumps(cell(here, row, options)))
+    bar.update()
+    return json.loads(file.read_text())
 
 
 TABLES = {"1": table_1, "2": table_2, "algorithm1": algorithm_1, "4": table_4, "6": table_6, "7": table_7}
@@ -223,7 +227,7 @@ def main() -> None:
     parser.add_argument("--lr", default="6e-4")
     parser.add_argument("--out", default="runs/recipe")
     parser.add_argument("--only", default="", help="rows whose name holds this")
-    parser.add_argument("--jobs", type=int, default=2, help="seeds at a time, each on one thread")
+    parser.add_argument("--jobs", type=int, default=2, help="cells at a time, each on one thread")
     parser.add_argument("--stand_in", default="", help=argparse.SUPPRESS)  # folder in which to make it
     options = parser.parse_args()
     if options.stand_in:
@@ -236,11 +240,15 @@ def main() -> None:
     (out / "settings.json").write_text(settings)
     if not (out / "held").exists():
         data.write_comparisons(out / "held", data.synthetic(HELD, held_out=True), bar=False)
-    with ThreadPoolExecutor(options.jobs) as pool, tqdm(desc="cells", unit="cell") as bar:
-        runs = list(pool.map(lambda seed: cells_of(out / str(seed), seed, options, bar), options.seeds))
-    found = {name: [cells[name] for cells in runs] for name in runs[0]}
-    rows = TABLES[options.table](out / str(options.seeds[0]), options.seeds[0], options)
-    print(evaluate.markdown(lines(rows, found)))
+    with ThreadPoolExecutor(options.jobs) as pool:
+        rows = [*pool.map(lambda seed: begin(out / str(seed), seed, options), options.seeds)]
+        with tqdm(desc="cells", unit="cell", total=sum(map(len, rows))) as bar:
+            futures = {}  # {(row, seed): its cell to come}; row by row, so that no seed is left for the end
+            for r, s in itertools.product(range(len(rows[0])), range(len(rows))):
+                futures[r, s] = pool.submit(finish, out / str(options.seeds[s]), rows[s][r], options,
+                                            [futures[q, s] for q in range(r)], bar)
+            found = {row[0]: [futures[r, s].result() for s in range(len(rows))] for r, row in enumerate(rows[0])}
+    print(evaluate.markdown(lines(rows[0], found)))
 
 
 def lines(rows: list, found: dict) -> list[list[str]]:

@@ -106,11 +106,12 @@ def encode(comparison: Comparison, processor: "Processor") -> Encoded:
     for message in messages:
         text = SPECIAL.sub("< ", message["content"])
         message["content"] = family.mark.sub(lambda _: next(marks), text)
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    prompt_ids = tokenizer(text, add_special_tokens=False).input_ids
     if isinstance(comparison.responses, str):
         raise ValueError("the responses are one text, want a list of texts")
-    response_ids = [[*processor.ids_of(response), processor.end] for response in comparison.responses]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    texts = [text, *map(own_words, comparison.responses)]  # in one call: each costs as much as a hundred words
+    prompt_ids, *response_ids = tokenizer(texts, add_special_tokens=False).input_ids
+    response_ids = [[*ids, processor.end] for ids in response_ids]
     positions = mrope_positions(prompt_ids, grids, processor.id_of(IMAGE_PAD), processor.id_of(VIDEO_PAD),
                                 processor.video_step)
     patches = torch.cat([torch.zeros(0), *(patches for patches, *_ in read)])  # an empty one fits any
@@ -472,8 +473,9 @@ def with_texts_to_learn(item: Encoded, comparison: Comparison, processor: "Proce
     if processor.paradigm == "think":  # the whole response
         return replace(item, text_tokens=[len(ids) for ids in item.response_ids])
     if processor.paradigm == "critic" and comparison.critiques:
-        critiques = [processor.ids_of(text) if text.strip() else None for text in comparison.critiques]
-        return with_critiques(item, critiques, processor)
+        texts = [own_words(text) for text in comparison.critiques]
+        found = processor.tokenizer(texts, add_special_tokens=False).input_ids
+        return with_critiques(item, [ids if text.strip() else None for ids, text in zip(found, texts)], processor)
     return item
 
 # Prompts and texts ----------------------------------------------------------------------------------------------------
@@ -488,11 +490,6 @@ class Processor:
 
     def id_of(self, token: str) -> int:
         return self.tokenizer.convert_tokens_to_ids(token)
-
-    def ids_of(self, text: str) -> list[int]:
-        """Token ids of a text, none of them special."""
-        check_text(text, "a response")
-        return self.tokenizer(SPECIAL.sub("< ", text), add_special_tokens=False).input_ids
 
     @property
     def never(self) -> list[int]:
@@ -545,6 +542,11 @@ def to_messages(prompt, images=()) -> list[dict]:
     elif marks != len(images):
         raise ValueError(f"the prompt has {marks} <image> marks but there are {len(images)} images; one mark for each")
     return messages
+
+def own_words(text) -> str:
+    """A response or critique as text in which nothing is a special token."""
+    check_text(text, "a response")
+    return SPECIAL.sub("< ", text)
 
 def text_of_part(part) -> str:
     kind = part.get("type") if isinstance(part, dict) else None

@@ -240,16 +240,15 @@ def embed(backbone, pack: Pack) -> tuple[torch.Tensor, dict]:
         embeddings = embeddings.float()  # what flows between the layers is fp32, also where the weights are bf16
     if not family.pads:
         return embeddings, {}
-    if len(pack.image_grid_thw):
-        video = config.video_token_id if VIDEO_PAD in family.pads else config.image_token_id
-        of_image = (ids == config.image_token_id) | (ids == video)  # (T,)
-        features, *deep = family.see(backbone, pack.pixel_values, pack.image_grid_thw)  # (image tokens, D) each
-        options = {"visual_pos_masks": of_image[None], "deepstack_visual_embeds": deep} if deep else {}
-        return embeddings.masked_scatter(of_image[:, None], features.to(embeddings.dtype)), options
-    # A rank whose pack holds no image still runs the vision tower, on one blank image and at weight 0: DDP waits for a
-    # gradient of every parameter, and a sharded tower for every rank to come and gather it.
-    blank, grid = embeddings.new_zeros(family.blank), ids.new_tensor([[1, 2, 2]])
-    return embeddings + 0.0 * sum(x.sum() for x in family.see(backbone, blank, grid)).to(embeddings.dtype), {}
+    pixels, grids = pack.pixel_values, pack.image_grid_thw
+    if not len(grids):  # a blank image that stands nowhere, so that the vision tower runs on every rank: DDP waits for
+        # a gradient of every parameter, if it is 0, and a sharded tower for every rank to come and gather it
+        pixels, grids = embeddings.new_zeros(family.blank), ids.new_tensor([[1, 2, 2]])
+    video = config.video_token_id if VIDEO_PAD in family.pads else config.image_token_id
+    of_image = (ids == config.image_token_id) | (ids == video)  # (T,)
+    features, *deep = family.see(backbone, pixels, grids)  # (image tokens, D) each
+    options = {"visual_pos_masks": of_image[None], "deepstack_visual_embeds": deep} if deep else {}
+    return embeddings.masked_scatter(of_image[:, None], features.to(embeddings.dtype)), options
 
 def hidden_states(backbone, pack: Pack) -> torch.Tensor:
     """Final hidden states (T, D) of a pack. `attend` (below) gives each comparison of `blocks` its own branch_mask."""
@@ -290,15 +289,14 @@ class RewardModel(nn.Module):
 
     def __init__(self, lm, head: nn.Sequential | None, processor: "Processor", config: dict):
         super().__init__()
-        self.backbone, self.lm_head = (lm.model, lm.lm_head) if hasattr(lm, "lm_head") else (lm, None)
-        self.head, self.processor = head, processor
+        self.lm, self.head = lm, head  # transformers' model, with its vocabulary head or without; the reward head
         self.config = config  # of reward_config.json: paradigm (naive, critic, direct, think), head, what it reads
-        self.whole = [lm]  # as transformers saves it; in a list, for its weights are here once already
+        self.processor = replace(processor, paradigm=config.get("paradigm", "naive"))
         self.critiques_from, self.critique_tokens = "own", config.get("critique_tokens", 512)  # or "given": answers_to
 
-    @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
+    lm_head = property(lambda self: getattr(self.lm, "lm_head", None))
+    backbone = property(lambda self: self.lm if self.lm_head is None else self.lm.model)
+    device = property(lambda self: next(self.parameters()).device)
 
     def forward(self, pack: Pack) -> tuple[torch.Tensor, torch.Tensor]:
         """Rewards (R,), and the cross entropy () of the texts to be learnt, the sum of each one's mean over its tokens;
@@ -888,9 +886,7 @@ class Policy(nn.Module):
         super().__init__()
         self.lm, self.processor, self.end = lm, processor, processor.end
 
-    backbone = property(lambda self: self.lm.model)
-    lm_head = property(lambda self: self.lm.lm_head)
-    device = RewardModel.device
+    lm_head, backbone, device = RewardModel.lm_head, RewardModel.backbone, RewardModel.device
 
     def forward(self, pack: Pack) -> torch.Tensor:
         """Log-probabilities (S,) in fp32 of all response tokens of the pack, each given what stands before it."""
@@ -901,7 +897,7 @@ class Policy(nn.Module):
     @classmethod
     def from_pretrained(cls, path_or_id, max_pixels=None, dtype=torch.float32) -> "Policy":
         lm = load(path_or_id, dtype, vocabulary_head=True)
-        return cls(lm, load_processor(path_or_id, lm.model, max_pixels))
+        return cls(lm, load_processor(path_or_id, lm.config, max_pixels))
 
     def save_pretrained(self, folder) -> None:
         """As transformers saves it, with tokenizer and image processor; the folder appears when it is complete."""
@@ -1020,7 +1016,6 @@ def remove(path: Path) -> None:
     else:
         path.unlink(missing_ok=True)
 
-
 transformers_logging.set_verbosity_error()  # what its load report would say is checked in `load` and raised
 transformers_logging.disable_progress_bar()
 
@@ -1055,7 +1050,7 @@ def load(path_or_id, dtype=torch.float32, vocabulary_head: bool = False):
 
 def check_layers(config) -> None:
     """ValueError if the branches of a pack could not be kept apart, or if nobody here knows how its pictures go in."""
-    text = getattr(config, "text_config", config)
+    text = config.get_text_config()
     window = ["sliding_attention"] if getattr(text, "sliding_window", None) else ["full_attention"]
     others = sorted(set(getattr(text, "layer_types", None) or window) - {"full_attention"})
     if others:  # a recurrent layer carries one response into the next; a window is counted in places of the row
@@ -1063,8 +1058,8 @@ def check_layers(config) -> None:
     if hasattr(config, "vision_config") and config.model_type not in FAMILIES:
         raise ValueError(f"the pictures of {config.model_type} cannot be read; those of {', '.join(FAMILIES)} can")
 
-def load_processor(path_or_id, backbone, max_pixels: int | None = None) -> Processor:
-    """Tokenizer, and the image processor if the backbone has eyes (the PIL one: no torchvision).
+def load_processor(path_or_id, config, max_pixels: int | None = None) -> Processor:
+    """Tokenizer, and the image processor if the backbone has eyes (the PIL one: no torchvision). config: of the model.
 
     max_pixels: of an image. video_step: Qwen2.5-VL counts time in units of 1 / tokens_per_second; without a frame rate
     we take a second for two frames, Qwen's own way. Qwen2-VL has no such setting and counts moments.
@@ -1074,29 +1069,26 @@ def load_processor(path_or_id, backbone, max_pixels: int | None = None) -> Proce
         tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
         if tokenizer.convert_tokens_to_ids(END) in (None, tokenizer.unk_token_id):
             raise ValueError(f"it lacks the token {END}")
-        if not (family := family_of(backbone.config)).pads:
+        if not (family := family_of(config)).pads:
             return Processor(tokenizer, None)
-        if tokenizer.convert_tokens_to_ids(family.pads[0]) != backbone.config.image_token_id:
-            raise ValueError(f"the token {family.pads[0]} is not the backbone's, {backbone.config.image_token_id}")
-        vision = backbone.config.vision_config
-        image_processor = family.open(path_or_id, vision, max_pixels)
+        if tokenizer.convert_tokens_to_ids(family.pads[0]) != config.image_token_id:
+            raise ValueError(f"the token {family.pads[0]} is not the backbone's, {config.image_token_id}")
+        image_processor = family.open(path_or_id, config.vision_config, max_pixels)
     except Exception as error:  # as in load
         raise ValueError(f"{path_or_id}: its tokenizer or image processor cannot be used, take those of an instruction-"
                          f"tuned checkpoint of its family: {one_line(error)}") from None
-    return Processor(tokenizer, image_processor, getattr(vision, "tokens_per_second", 1), family)
+    return Processor(tokenizer, image_processor, getattr(config.vision_config, "tokens_per_second", 1), family)
 
 def from_backbone(path_or_id, head_layers=2, head_activation="silu", max_pixels=None, dtype=torch.float32,
                   paradigm="naive", critique_tokens=512):
     """A plain backbone (folder or hub id) with a fresh head, as a RewardModel. The weights are loaded in fp32 whatever
     the checkpoint holds: at a rate of 3e-6 a bf16 weight would round every update away. paradigm: of `Processor`."""
     lm = load(path_or_id, dtype, vocabulary_head=paradigm != "naive")
-    backbone = lm.model if paradigm != "naive" else lm
-    width = getattr(backbone.config, "text_config", backbone.config).hidden_size
+    width = lm.config.get_text_config().hidden_size
     config = {"paradigm": paradigm} | ({} if paradigm == "naive" else {"critique_tokens": critique_tokens})
     if paradigm in ("naive", "critic"):
         config |= {"head_layers": head_layers, "head_activation": head_activation, "width": width, "reads": READS}
-    processor = replace(load_processor(path_or_id, backbone, max_pixels), paradigm=paradigm)
-    return RewardModel(lm, make_head(config), processor, config)
+    return RewardModel(lm, make_head(config), load_processor(path_or_id, lm.config, max_pixels), config)
 
 def make_head(config: dict) -> nn.Sequential | None:
     """The reward head of a reward_config.json; a generative model has none."""
@@ -1127,25 +1119,22 @@ def from_pretrained(directory, dtype=torch.float32, paradigm: str | None = None)
     if kind != (paradigm or kind):
         raise ValueError(f"{directory} is a {kind} reward model and was asked for as a {paradigm} one")
     lm = load(directory, dtype, vocabulary_head=kind != "naive")
-    processor = load_processor(directory, lm.model if kind != "naive" else lm)
-    return RewardModel(lm, head, replace(processor, paradigm=kind), config).eval()
+    return RewardModel(lm, head, load_processor(directory, lm.config), config).eval()
 
 def save_pretrained(model: RewardModel, directory, state_dict: dict | None = None) -> None:
     """Backbone, tokenizer and image processor as transformers saves them; beside them head and reward_config.json.
     `state_dict`: the gathered weights of the model when its own are sharded over ranks."""
     state = state_dict or model.state_dict()
-    inside = {"backbone.": "" if model.lm_head is None else "model.", "lm_head.": "lm_head."}
-    lm = {new + name.removeprefix(old): w for old, new in inside.items() for name, w in state.items()
-          if name.startswith(old)}
-    head = {name.removeprefix("head."): w.detach().float().cpu().contiguous()
-            for name, w in state.items() if name.startswith("head.")}
+    lm, head = ({name.removeprefix(part): w for name, w in state.items() if name.startswith(part)}
+                for part in ("lm.", "head."))
     if model.head is not None and any(head[name].shape != w.shape for name, w in model.head.state_dict().items()):
         raise ValueError("the head's weights were not gathered from the ranks")
     with replacing(directory, last="reward_config.json") as partial:
-        model.whole[0].save_pretrained(partial, state_dict=lm)
-        model.whole[0].config.dtype = next(iter(lm.values())).dtype  # not that of frozen weights without updates
-        model.whole[0].config.save_pretrained(partial)
+        model.lm.save_pretrained(partial, state_dict=lm)
+        model.lm.config.dtype = next(iter(lm.values())).dtype  # not that of frozen weights without updates
+        model.lm.config.save_pretrained(partial)
         if head:
+            head = {name: w.detach().float().cpu().contiguous() for name, w in head.items()}
             save_file(head, partial / "head.safetensors")
         save_processor(model.processor, partial)
         (partial / "reward_config.json").write_text(json.dumps(model.config, indent=1) + "\n", encoding="utf-8")

@@ -439,7 +439,6 @@ def open_internvl(path_or_id, vision, max_pixels: int | None):
     size = image_processor.size["height"], image_processor.size["width"]
     if (*size, 14, 14) != (*vision.image_size, *vision.patch_size):
         raise ValueError(f"its tiles are of {size} pixels, the backbone's of {vision.image_size}, in patches of 14")
-    image_processor.crop_to_patches = True  # trap: the published file says False, which its processor overrules
     if max_pixels:
         image_processor.max_patches = max(max_pixels // math.prod(size), 1)
     return image_processor
@@ -447,13 +446,11 @@ def open_internvl(path_or_id, vision, max_pixels: int | None):
 def read_internvl(source, image_processor):
     """Tiles (n, 3, 448, 448), and a grid for each run of tokens: all tiles of an image, or a frame of a video, which is
     one tile. The tokens are none of Qwen's, so `mrope_positions` counts them as text, which is what InternVL does."""
-    if is_video(source):
-        out = image_processor(images=open_frames(source), crop_to_patches=False, return_tensors="pt")
-    else:
-        out = image_processor(images=[open_image(source)], return_tensors="pt")
+    tiled = not is_video(source)  # trap: the published file says that nothing is, which its processor overrules
+    out = image_processor(images=open_frames(source), crop_to_patches=tiled, return_tensors="pt")
     side, runs = out["pixel_values"].shape[-1] // 14, out["num_patches"].tolist()  # patches of a side, tiles of a run
     marks = [f"<img>{'<IMG_CONTEXT>' * (n * side * side // 4)}</img>" for n in runs]
-    if is_video(source):
+    if not tiled:
         marks = [f"Frame{i}: {mark}" for i, mark in enumerate(marks, start=1)]
     return out["pixel_values"], [[n, side, side] for n in runs], "\n".join(marks) + "\n"
 
@@ -582,7 +579,9 @@ def open_image(source, most: int = MAX_IMAGE_PIXELS) -> Image.Image:
 
 def frames_of(source, most: int = MAX_FRAMES) -> list:
     """At most so many frames of a video, evenly spaced, first and last kept: of a list, or of a folder's files, where
-    frame_2 comes before frame_10."""
+    frame_2 comes before frame_10. A picture is its own only frame."""
+    if not is_video(source):
+        return [source]
     frames = source if isinstance(source, (list, tuple)) else [f for f in Path(source).iterdir() if f.name[0] != "."]
     if frames is not source:
         frames.sort(key=lambda f: [(word, int(digits or 0)) for word, digits in re.findall(r"(\D*)(\d*)", f.name)])
@@ -592,7 +591,8 @@ def frames_of(source, most: int = MAX_FRAMES) -> list:
     return [frames[round(i * (len(frames) - 1) / max(n - 1, 1))] for i in range(n)]
 
 def open_frames(source, most: int = MAX_FRAMES) -> list[Image.Image]:
-    return [open_image(frame, MAX_IMAGE_PIXELS // FRAME_SHARE) for frame in frames_of(source, most)]
+    pixels = MAX_IMAGE_PIXELS // FRAME_SHARE if is_video(source) else MAX_IMAGE_PIXELS
+    return [open_image(frame, pixels) for frame in frames_of(source, most)]
 
 def is_video(source) -> bool:
     return isinstance(source, (list, tuple)) or (isinstance(source, (str, os.PathLike)) and os.path.isdir(source))
@@ -719,13 +719,12 @@ def fill_packs(sizes: list[int], budget: int) -> list[list[int]]:
     packs, room = [], []
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         fitting = [p for p in range(len(packs)) if room[p] >= sizes[i]]
-        if fitting:
-            p = min(fitting, key=lambda p: room[p])
-            packs[p].append(i)
-            room[p] -= sizes[i]
-        else:
-            packs.append([i])
-            room.append(budget - sizes[i])
+        p = min(fitting, key=lambda p: room[p], default=len(packs))
+        if not fitting:
+            packs.append([])
+            room.append(budget)
+        packs[p].append(i)
+        room[p] -= sizes[i]
     return packs
 
 @dataclass
@@ -783,11 +782,9 @@ def answers_to(items: list[Encoded], model: RewardModel, pack_tokens: int | None
             said = [verdict(text) for (text,) in texts]
             return [([float(one == 1), float(one == 2)], group) for one, group in zip(said, texts)]
         items = [with_critiques(item, [ids or None for ids in group], processor) for item, group in zip(items, written)]
-    found, filler = [[]] * len(items), pack([Comparison("?", ["a"])], processor)
-    packs = fill_packs([item.tokens for item in items], pack_tokens)
-    for p in range(of_all(len(packs))):
-        members = packs[p] if p < len(packs) else []
-        batch = pack([items[m] for m in members]) if members else filler
+    found, packs = [[]] * len(items), fill_packs([item.tokens for item in items], pack_tokens)
+    for members in packs + [[]] * (of_all(len(packs)) - len(packs)):
+        batch = pack([items[m] for m in members] or [Comparison("?", ["a"])], processor)
         values = iter(model(batch.to(model.device))[0].tolist())
         for m in members:
             found[m] = [next(values) for _ in items[m].response_ids]
@@ -796,24 +793,20 @@ def answers_to(items: list[Encoded], model: RewardModel, pack_tokens: int | None
 def write(items: list[Encoded], model: RewardModel, tokens: int) -> list[list[list[int]]]:
     """A critic's critique of every response of every item, a judge's thoughts: the likeliest tokens, without the end.
     tokens: in memory at a time."""
-    ask = model.processor.tokenizer(CRITIQUE_TURN, add_special_tokens=False).input_ids
-    starts = [[] if model.head is None else [[*ids, *ask] for ids in item.response_ids] for item in items]
-    prompts = [item.with_responses(start) for item, start in zip(items, starts)]
-    wide = [len(item.prompt_ids) + max(map(len, start), default=0) + model.critique_tokens
-            for item, start in zip(items, starts)]  # tokens of each of its rows
-    found, groups, rows = {}, [], 0
-    for m in sorted(range(len(items)), key=lambda m: -wide[m]):  # rows are padded to the widest: like ones together
-        rows += max(len(starts[m]), 1)
-        if not groups or rows * wide[groups[-1][0]] > tokens:
-            groups, rows = [*groups, []], max(len(starts[m]), 1)
-        groups[-1].append(m)
-    for members in groups:
+    ask, found = model.processor.tokenizer(CRITIQUE_TURN, add_special_tokens=False).input_ids, {}
+    prompts = [item.with_responses([[*ids, *ask] for ids in item.response_ids if model.head is not None])
+               for item in items]
+    wide = [len(prompt.prompt_ids) + max(map(len, prompt.response_ids), default=0) + model.critique_tokens
+            for prompt in prompts]  # tokens of each of its rows
+    waiting = sorted(range(len(items)), key=lambda m: -wide[m])  # rows are padded to the widest: like ones together
+    while waiting:
+        rows = max(1, *(len(prompts[m].response_ids) for m in waiting))  # of one prompt, at most
+        at_once = max(tokens // (rows * wide[waiting[0]]), 1)
+        members, waiting = waiting[:at_once], waiting[at_once:]
         rollouts, _ = generate(model, [prompts[m] for m in members], model.critique_tokens)
-        found |= {m: [[i for i in ids if i != model.processor.end] for ids in group]
-                  for m, group in zip(members, rollouts)}
+        for m, group in zip(members, rollouts):
+            found[m] = [[i for i in ids if i != model.processor.end] for ids in group]
     return [found[m] for m in range(len(items))]
-
-VERDICT_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 def verdict(text: str) -> int:
     """1 or 2, as the last <answer> of a judge says, or without one the last number after its thoughts; else 0.
@@ -821,7 +814,7 @@ def verdict(text: str) -> int:
     >>> verdict("<think>1: red 2: not</think><answer>2</answer>"), verdict("<answer>1 or 2</answer>"), verdict("So 1.")
     (2, 0, 1)
     """
-    tags, after = VERDICT_TAG.findall(text), text.rpartition("</think>")[2]
+    tags, after = re.findall("(?s)<answer>(.*?)</answer>", text), text.rpartition("</think>")[2]
     if tags or "<think>" not in after:  # thoughts without an end end in no verdict
         numbers = set(re.findall(r"\d+", tags[-1]) if tags else re.findall(r"\d+", after)[-1:])
         return int(numbers.pop()) if numbers in ({"1"}, {"2"}) else 0
@@ -1162,19 +1155,16 @@ def tiny_backbone(directory, texts, seed=0, kind="qwen2_5_vl", vocab_size=512, w
     Nor may rope_theta be large: with the usual 10,000 the columns of an image of three by three tokens differ by an
     angle of 0.006, and left is right.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import ByteLevelBPETokenizer, Tokenizer
 
     special = ["<|endoftext|>", "<|im_start|>", END, "<|vision_start|>", "<|vision_end|>", IMAGE_PAD, VIDEO_PAD]
     special += ["<img>", "</img>", "<IMG_CONTEXT>"] * (kind == "internvl")
     chat = ["system\nYou are a helpful assistant.", "\n", "user\n", "assistant\n"] * 100  # become whole tokens
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    bpe.train_from_iterator([*chat, *texts], trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=special, show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator([*chat, *texts], vocab_size, min_frequency=0, show_progress=False, special_tokens=special)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token=END, pad_token=special[0], chat_template=CHAT_TEMPLATE,
-        additional_special_tokens=special[1:2] + special[3:])
+        tokenizer_object=Tokenizer.from_str(bpe.to_str()), eos_token=END, pad_token=special[0],
+        additional_special_tokens=special[1:2] + special[3:], chat_template=CHAT_TEMPLATE)
 
     sees = kind in FAMILIES
     rope = {"rope_theta": 20.0, "mrope_section": [width // 32, width // 32 * 3 // 2, width // 32 * 3 // 2]}
@@ -1205,7 +1195,5 @@ def tiny_backbone(directory, texts, seed=0, kind="qwen2_5_vl", vocab_size=512, w
     model = kinds.from_config(AutoConfig.for_model(kind, **text))
     with replacing(directory) as partial:
         (model if vocabulary_head else model.model).save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        if sees:
-            images.save_pretrained(partial)
+        save_processor(Processor(tokenizer, images if sees else None), partial)
     return Path(directory)

@@ -356,12 +356,12 @@ def with_critiques(item: Encoded, critiques: list, processor: "Processor") -> En
 
     It learns both at once: equation (1) plus a weight times the mean cross entropy of the critiques' tokens. In
     training the critiques are the given ones; in scoring it reads after its own. A response without one is read at its
-    own end. critiques: K lists of token ids, or None.
+    own end. critiques: K lists of token ids; an empty one is none.
     """
     ask = processor.tokenizer(CRITIQUE_TURN, add_special_tokens=False).input_ids
     both = list(zip(item.response_ids, critiques, strict=True))
-    return replace(item, response_ids=[ids if c is None else [*ids, *ask, *c, processor.end] for ids, c in both],
-                   text_tokens=[0 if c is None else len(c) + 1 for _, c in both])
+    return replace(item, response_ids=[[*ids, *ask, *c, processor.end] if c else ids for ids, c in both],
+                   text_tokens=[len(c) + 1 if c else 0 for _, c in both])
 
 def judge_pair(comparison: Comparison, first: int, second: int, think: bool = False) -> Comparison:
     """A generative reward model has no head. It is asked which of two answers is better, and "1" and "2" are the two
@@ -467,7 +467,7 @@ def with_texts_to_learn(item: Encoded, comparison: Comparison, processor: "Proce
     if processor.paradigm == "think":  # the whole response
         return replace(item, text_tokens=[len(ids) for ids in item.response_ids])
     if processor.paradigm == "critic" and comparison.critiques:
-        critiques = [processor.ids_of(text) if text.strip() else None for text in comparison.critiques]
+        critiques = [processor.ids_of(text) if text.strip() else [] for text in comparison.critiques]
         return with_critiques(item, critiques, processor)
     return item
 
@@ -781,7 +781,7 @@ def answers_to(items: list[Encoded], model: RewardModel, pack_tokens: int | None
         if processor.paradigm == "think":
             said = [verdict(text) for (text,) in texts]
             return [([float(one == 1), float(one == 2)], group) for one, group in zip(said, texts)]
-        items = [with_critiques(item, [ids or None for ids in group], processor) for item, group in zip(items, written)]
+        items = [with_critiques(item, group, processor) for item, group in zip(items, written)]
     found, packs = [[]] * len(items), fill_packs([item.tokens for item in items], pack_tokens)
     for members in packs + [[]] * (of_all(len(packs)) - len(packs)):
         batch = pack([items[m] for m in members] or [Comparison("?", ["a"])], processor)
@@ -882,10 +882,9 @@ class Policy(nn.Module):
     lm_head, backbone, device = RewardModel.lm_head, RewardModel.backbone, RewardModel.device
 
     def forward(self, pack: Pack) -> torch.Tensor:
-        """Log-probabilities (S,) in fp32 of all response tokens of the pack, each given what stands before it."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             hidden = hidden_states(self.backbone, pack)  # (T, D)
-            return response_logprobs(self.lm_head, hidden, pack, never=self.processor.never)
+            return response_logprobs(self.lm_head, hidden, pack, never=self.processor.never)  # (S,)
 
     @classmethod
     def from_pretrained(cls, path_or_id, max_pixels=None, dtype=torch.float32) -> "Policy":
@@ -893,7 +892,6 @@ class Policy(nn.Module):
         return cls(lm, load_processor(path_or_id, lm.config, max_pixels))
 
     def save_pretrained(self, folder) -> None:
-        """As transformers saves it, with tokenizer and image processor; the folder appears when it is complete."""
         with replacing(folder) as partial:
             self.lm.save_pretrained(partial)
             save_processor(self.processor, partial)

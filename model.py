@@ -244,8 +244,7 @@ def embed(backbone, pack: Pack) -> tuple[torch.Tensor, dict]:
     if not len(grids):  # a blank image that stands nowhere, so that the vision tower runs on every rank: DDP waits for
         # a gradient of every parameter, if it is 0, and a sharded tower for every rank to come and gather it
         pixels, grids = embeddings.new_zeros(family.blank), ids.new_tensor([[1, 2, 2]])
-    video = config.video_token_id if VIDEO_PAD in family.pads else config.image_token_id
-    of_image = (ids == config.image_token_id) | (ids == video)  # (T,)
+    of_image = (ids == config.image_token_id) | (ids == getattr(config, "video_token_id", -1))  # (T,)
     features, *deep = family.see(backbone, pixels, grids)  # (image tokens, D) each
     options = {"visual_pos_masks": of_image[None], "deepstack_visual_embeds": deep} if deep else {}
     return embeddings.masked_scatter(of_image[:, None], features.to(embeddings.dtype)), options
@@ -800,7 +799,7 @@ def write(items: list[Encoded], model: RewardModel, tokens: int) -> list[list[li
             for prompt in prompts]  # tokens of each of its rows
     waiting = sorted(range(len(items)), key=lambda m: -wide[m])  # rows are padded to the widest: like ones together
     while waiting:
-        rows = max(1, *(len(prompts[m].response_ids) for m in waiting))  # of one prompt, at most
+        rows = max(len(prompts[m].response_ids) or 1 for m in waiting)  # of a prompt, at most
         at_once = max(tokens // (rows * wide[waiting[0]]), 1)
         members, waiting = waiting[:at_once], waiting[at_once:]
         rollouts, _ = generate(model, [prompts[m] for m in members], model.critique_tokens)

@@ -1050,10 +1050,8 @@ def check_layers(config) -> None:
 
 def load_processor(path_or_id, config, max_pixels: int | None = None) -> Processor:
     """Tokenizer, and the image processor if the backbone has eyes (the PIL one: no torchvision). config: of the model.
-
-    max_pixels: of an image. video_step: Qwen2.5-VL counts time in units of 1 / tokens_per_second; without a frame rate
-    we take a second for two frames, Qwen's own way. Qwen2-VL has no such setting and counts moments.
-    """
+    max_pixels: of an image. video_step: two frames are a second, Qwen's own way without a frame rate, which Qwen2.5-VL
+    counts in units of 1 / tokens_per_second. Qwen2-VL has no such setting and counts moments."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(path_or_id, trust_remote_code=False)
         tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)

@@ -241,16 +241,14 @@ def embed(backbone, pack: Pack) -> tuple[torch.Tensor, dict]:
         embeddings = embeddings.float()  # what flows between the layers is fp32, also where the weights are bf16
     if not family.pads:
         return embeddings, {}
-    if len(pack.image_grid_thw):
-        video = config.video_token_id if VIDEO_PAD in family.pads else config.image_token_id
-        of_image = (ids == config.image_token_id) | (ids == video)  # (T,)
-        features, *deep = family.see(backbone, pack.pixel_values, pack.image_grid_thw)  # (image tokens, D) each
-        options = {"visual_pos_masks": of_image[None], "deepstack_visual_embeds": deep} if deep else {}
-        return embeddings.masked_scatter(of_image[:, None], features.to(embeddings.dtype)), options
-    # A rank whose pack holds no image still runs the vision tower, on one blank image and at weight 0: DDP waits for a
-    # gradient of every parameter, and a sharded tower for every rank to come and gather it.
-    blank, grid = embeddings.new_zeros(family.blank), ids.new_tensor([[1, 2, 2]])
-    return embeddings + 0.0 * sum(x.sum() for x in family.see(backbone, blank, grid)).to(embeddings.dtype), {}
+    pixels, grids = pack.pixel_values, pack.image_grid_thw
+    if not len(grids):  # a blank image that stands nowhere, so that the vision tower runs on every rank: DDP waits for
+        # a gradient of every parameter, if it is 0, and a sharded tower for every rank to come and gather it
+        pixels, grids = embeddings.new_zeros(family.blank), ids.new_tensor([[1, 2, 2]])
+    of_image = (ids == config.image_token_id) | (ids == getattr(config, "video_token_id", -1))  # (T,)
+    features, *deep = family.see(backbone, pixels, grids)  # (image tokens, D) each
+    options = {"visual_pos_masks": of_image[None], "deepstack_visual_embeds": deep} if deep else {}
+    return embeddings.masked_scatter(of_image[:, None], features.to(embeddings.dtype)), options
 
 def hidden_states(backbone, pack: Pack) -> torch.Tensor:
     """Final hidden states (T, D) of a pack. `attend` (below) gives each comparison of `blocks` its own branch_mask."""
@@ -291,15 +289,14 @@ class RewardModel(nn.Module):
 
     def __init__(self, lm, head: nn.Sequential | None, processor: "Processor", config: dict):
         super().__init__()
-        self.backbone, self.lm_head = (lm.model, lm.lm_head) if hasattr(lm, "lm_head") else (lm, None)
-        self.head, self.processor = head, processor
+        self.lm, self.head = lm, head  # transformers' model, with its vocabulary head or without; the reward head
         self.config = config  # of reward_config.json: paradigm (naive, critic, direct, think), head, what it reads
-        self.whole = [lm]  # as transformers saves it; in a list, for its weights are here once already
+        self.processor = replace(processor, paradigm=config.get("paradigm", "naive"))
         self.critiques_from, self.critique_tokens = "own", config.get("critique_tokens", 512)  # or "given": answers_to
 
-    @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
+    lm_head = property(lambda self: getattr(self.lm, "lm_head", None))
+    backbone = property(lambda self: self.lm if self.lm_head is None else self.lm.model)
+    device = property(lambda self: next(self.parameters()).device)
 
     def forward(self, pack: Pack) -> tuple[torch.Tensor, torch.Tensor]:
         """Rewards (R,), and the cross entropy () of the texts to be learnt, the sum of each one's mean over its tokens;
@@ -359,12 +356,12 @@ def with_critiques(item: Encoded, critiques: list, processor: "Processor") -> En
 
     It learns both at once: equation (1) plus a weight times the mean cross entropy of the critiques' tokens. In
     training the critiques are the given ones; in scoring it reads after its own. A response without one is read at its
-    own end. critiques: K lists of token ids, or None.
+    own end. critiques: K lists of token ids; an empty one is none.
     """
     ask = processor.tokenizer(CRITIQUE_TURN, add_special_tokens=False).input_ids
     both = list(zip(item.response_ids, critiques, strict=True))
-    return replace(item, response_ids=[ids if c is None else [*ids, *ask, *c, processor.end] for ids, c in both],
-                   text_tokens=[0 if c is None else len(c) + 1 for _, c in both])
+    return replace(item, response_ids=[[*ids, *ask, *c, processor.end] if c else ids for ids, c in both],
+                   text_tokens=[len(c) + 1 if c else 0 for _, c in both])
 
 def judge_pair(comparison: Comparison, first: int, second: int, think: bool = False) -> Comparison:
     """A generative reward model has no head. It is asked which of two answers is better, and "1" and "2" are the two
@@ -442,7 +439,6 @@ def open_internvl(path_or_id, vision, max_pixels: int | None):
     size = image_processor.size["height"], image_processor.size["width"]
     if (*size, 14, 14) != (*vision.image_size, *vision.patch_size):
         raise ValueError(f"its tiles are of {size} pixels, the backbone's of {vision.image_size}, in patches of 14")
-    image_processor.crop_to_patches = True  # trap: the published file says False, which its processor overrules
     if max_pixels:
         image_processor.max_patches = max(max_pixels // math.prod(size), 1)
     return image_processor
@@ -450,13 +446,11 @@ def open_internvl(path_or_id, vision, max_pixels: int | None):
 def read_internvl(source, image_processor):
     """Tiles (n, 3, 448, 448), and a grid for each run of tokens: all tiles of an image, or a frame of a video, which is
     one tile. The tokens are none of Qwen's, so `mrope_positions` counts them as text, which is what InternVL does."""
-    if is_video(source):
-        out = image_processor(images=open_frames(source), crop_to_patches=False, return_tensors="pt")
-    else:
-        out = image_processor(images=[open_image(source)], return_tensors="pt")
+    tiled = not is_video(source)  # trap: the published file says that nothing is, which its processor overrules
+    out = image_processor(images=open_frames(source), crop_to_patches=tiled, return_tensors="pt")
     side, runs = out["pixel_values"].shape[-1] // 14, out["num_patches"].tolist()  # patches of a side, tiles of a run
     marks = [f"<img>{'<IMG_CONTEXT>' * (n * side * side // 4)}</img>" for n in runs]
-    if is_video(source):
+    if not tiled:
         marks = [f"Frame{i}: {mark}" for i, mark in enumerate(marks, start=1)]
     return out["pixel_values"], [[n, side, side] for n in runs], "\n".join(marks) + "\n"
 
@@ -475,7 +469,7 @@ def with_texts_to_learn(item: Encoded, comparison: Comparison, processor: "Proce
     if processor.paradigm == "critic" and comparison.critiques:
         texts = [own_words(text) for text in comparison.critiques]
         found = processor.tokenizer(texts, add_special_tokens=False).input_ids
-        return with_critiques(item, [ids if text.strip() else None for ids, text in zip(found, texts)], processor)
+        return with_critiques(item, [ids if text.strip() else [] for ids, text in zip(found, texts)], processor)
     return item
 
 # Prompts and texts ----------------------------------------------------------------------------------------------------
@@ -586,7 +580,9 @@ def open_image(source, most: int = MAX_IMAGE_PIXELS) -> Image.Image:
 
 def frames_of(source, most: int = MAX_FRAMES) -> list:
     """At most so many frames of a video, evenly spaced, first and last kept: of a list, or of a folder's files, where
-    frame_2 comes before frame_10."""
+    frame_2 comes before frame_10. A picture is its own only frame."""
+    if not is_video(source):
+        return [source]
     frames = source if isinstance(source, (list, tuple)) else [f for f in Path(source).iterdir() if f.name[0] != "."]
     if frames is not source:
         frames.sort(key=lambda f: [(word, int(digits or 0)) for word, digits in re.findall(r"(\D*)(\d*)", f.name)])
@@ -596,7 +592,8 @@ def frames_of(source, most: int = MAX_FRAMES) -> list:
     return [frames[round(i * (len(frames) - 1) / max(n - 1, 1))] for i in range(n)]
 
 def open_frames(source, most: int = MAX_FRAMES) -> list[Image.Image]:
-    return [open_image(frame, MAX_IMAGE_PIXELS // FRAME_SHARE) for frame in frames_of(source, most)]
+    pixels = MAX_IMAGE_PIXELS // FRAME_SHARE if is_video(source) else MAX_IMAGE_PIXELS
+    return [open_image(frame, pixels) for frame in frames_of(source, most)]
 
 def is_video(source) -> bool:
     return isinstance(source, (list, tuple)) or (isinstance(source, (str, os.PathLike)) and os.path.isdir(source))
@@ -723,13 +720,12 @@ def fill_packs(sizes: list[int], budget: int) -> list[list[int]]:
     packs, room = [], []
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         fitting = [p for p in range(len(packs)) if room[p] >= sizes[i]]
-        if fitting:
-            p = min(fitting, key=lambda p: room[p])
-            packs[p].append(i)
-            room[p] -= sizes[i]
-        else:
-            packs.append([i])
-            room.append(budget - sizes[i])
+        p = min(fitting, key=lambda p: room[p], default=len(packs))
+        if not fitting:
+            packs.append([])
+            room.append(budget)
+        packs[p].append(i)
+        room[p] -= sizes[i]
     return packs
 
 @dataclass
@@ -786,12 +782,10 @@ def answers_to(items: list[Encoded], model: RewardModel, pack_tokens: int | None
         if processor.paradigm == "think":
             said = [verdict(text) for (text,) in texts]
             return [([float(one == 1), float(one == 2)], group) for one, group in zip(said, texts)]
-        items = [with_critiques(item, [ids or None for ids in group], processor) for item, group in zip(items, written)]
-    found, filler = [[]] * len(items), pack([Comparison("?", ["a"])], processor)
-    packs = fill_packs([item.tokens for item in items], pack_tokens)
-    for p in range(of_all(len(packs))):
-        members = packs[p] if p < len(packs) else []
-        batch = pack([items[m] for m in members]) if members else filler
+        items = [with_critiques(item, group, processor) for item, group in zip(items, written)]
+    found, packs = [[]] * len(items), fill_packs([item.tokens for item in items], pack_tokens)
+    for members in packs + [[]] * (of_all(len(packs)) - len(packs)):
+        batch = pack([items[m] for m in members] or [Comparison("?", ["a"])], processor)
         values = iter(model(batch.to(model.device))[0].tolist())
         for m in members:
             found[m] = [next(values) for _ in items[m].response_ids]
@@ -800,24 +794,20 @@ def answers_to(items: list[Encoded], model: RewardModel, pack_tokens: int | None
 def write(items: list[Encoded], model: RewardModel, tokens: int) -> list[list[list[int]]]:
     """A critic's critique of every response of every item, a judge's thoughts: the likeliest tokens, without the end.
     tokens: in memory at a time."""
-    ask = model.processor.tokenizer(CRITIQUE_TURN, add_special_tokens=False).input_ids
-    starts = [[] if model.head is None else [[*ids, *ask] for ids in item.response_ids] for item in items]
-    prompts = [item.with_responses(start) for item, start in zip(items, starts)]
-    wide = [len(item.prompt_ids) + max(map(len, start), default=0) + model.critique_tokens
-            for item, start in zip(items, starts)]  # tokens of each of its rows
-    found, groups, rows = {}, [], 0
-    for m in sorted(range(len(items)), key=lambda m: -wide[m]):  # rows are padded to the widest: like ones together
-        rows += max(len(starts[m]), 1)
-        if not groups or rows * wide[groups[-1][0]] > tokens:
-            groups, rows = [*groups, []], max(len(starts[m]), 1)
-        groups[-1].append(m)
-    for members in groups:
+    ask, found = model.processor.tokenizer(CRITIQUE_TURN, add_special_tokens=False).input_ids, {}
+    prompts = [item.with_responses([[*ids, *ask] for ids in item.response_ids if model.head is not None])
+               for item in items]
+    wide = [len(prompt.prompt_ids) + max(map(len, prompt.response_ids), default=0) + model.critique_tokens
+            for prompt in prompts]  # tokens of each of its rows
+    waiting = sorted(range(len(items)), key=lambda m: -wide[m])  # rows are padded to the widest: like ones together
+    while waiting:
+        rows = max(len(prompts[m].response_ids) or 1 for m in waiting)  # of a prompt, at most
+        at_once = max(tokens // (rows * wide[waiting[0]]), 1)
+        members, waiting = waiting[:at_once], waiting[at_once:]
         rollouts, _ = generate(model, [prompts[m] for m in members], model.critique_tokens)
-        found |= {m: [[i for i in ids if i != model.processor.end] for ids in group]
-                  for m, group in zip(members, rollouts)}
+        for m, group in zip(members, rollouts):
+            found[m] = [[i for i in ids if i != model.processor.end] for ids in group]
     return [found[m] for m in range(len(items))]
-
-VERDICT_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 def verdict(text: str) -> int:
     """1 or 2, as the last <answer> of a judge says, or without one the last number after its thoughts; else 0.
@@ -825,7 +815,7 @@ def verdict(text: str) -> int:
     >>> verdict("<think>1: red 2: not</think><answer>2</answer>"), verdict("<answer>1 or 2</answer>"), verdict("So 1.")
     (2, 0, 1)
     """
-    tags, after = VERDICT_TAG.findall(text), text.rpartition("</think>")[2]
+    tags, after = re.findall("(?s)<answer>(.*?)</answer>", text), text.rpartition("</think>")[2]
     if tags or "<think>" not in after:  # thoughts without an end end in no verdict
         numbers = set(re.findall(r"\d+", tags[-1]) if tags else re.findall(r"\d+", after)[-1:])
         return int(numbers.pop()) if numbers in ({"1"}, {"2"}) else 0
@@ -890,23 +880,19 @@ class Policy(nn.Module):
         super().__init__()
         self.lm, self.processor, self.end = lm, processor, processor.end
 
-    backbone = property(lambda self: self.lm.model)
-    lm_head = property(lambda self: self.lm.lm_head)
-    device = RewardModel.device
+    lm_head, backbone, device = RewardModel.lm_head, RewardModel.backbone, RewardModel.device
 
     def forward(self, pack: Pack) -> torch.Tensor:
-        """Log-probabilities (S,) in fp32 of all response tokens of the pack, each given what stands before it."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             hidden = hidden_states(self.backbone, pack)  # (T, D)
-            return response_logprobs(self.lm_head, hidden, pack, never=self.processor.never)
+            return response_logprobs(self.lm_head, hidden, pack, never=self.processor.never)  # (S,)
 
     @classmethod
     def from_pretrained(cls, path_or_id, max_pixels=None, dtype=torch.float32) -> "Policy":
         lm = load(path_or_id, dtype, vocabulary_head=True)
-        return cls(lm, load_processor(path_or_id, lm.model, max_pixels))
+        return cls(lm, load_processor(path_or_id, lm.config, max_pixels))
 
     def save_pretrained(self, folder) -> None:
-        """As transformers saves it, with tokenizer and image processor; the folder appears when it is complete."""
         with replacing(folder) as partial:
             self.lm.save_pretrained(partial)
             save_processor(self.processor, partial)
@@ -1022,7 +1008,6 @@ def remove(path: Path) -> None:
     else:
         path.unlink(missing_ok=True)
 
-
 transformers_logging.set_verbosity_error()  # what its load report would say is checked in `load` and raised
 transformers_logging.disable_progress_bar()
 
@@ -1057,7 +1042,7 @@ def load(path_or_id, dtype=torch.float32, vocabulary_head: bool = False):
 
 def check_layers(config) -> None:
     """ValueError if the branches of a pack could not be kept apart, or if nobody here knows how its pictures go in."""
-    text = getattr(config, "text_config", config)
+    text = config.get_text_config()
     window = ["sliding_attention"] if getattr(text, "sliding_window", None) else ["full_attention"]
     others = sorted(set(getattr(text, "layer_types", None) or window) - {"full_attention"})
     if others:  # a recurrent layer carries one response into the next; a window is counted in places of the row
@@ -1065,40 +1050,35 @@ def check_layers(config) -> None:
     if hasattr(config, "vision_config") and config.model_type not in FAMILIES:
         raise ValueError(f"the pictures of {config.model_type} cannot be read; those of {', '.join(FAMILIES)} can")
 
-def load_processor(path_or_id, backbone, max_pixels: int | None = None) -> Processor:
-    """Tokenizer, and the image processor if the backbone has eyes (the PIL one: no torchvision).
-
-    max_pixels: of an image. video_step: Qwen2.5-VL counts time in units of 1 / tokens_per_second; without a frame rate
-    we take a second for two frames, Qwen's own way. Qwen2-VL has no such setting and counts moments.
-    """
+def load_processor(path_or_id, config, max_pixels: int | None = None) -> Processor:
+    """Tokenizer, and the image processor if the backbone has eyes (the PIL one: no torchvision). config: of the model.
+    max_pixels: of an image. video_step: two frames are a second, Qwen's own way without a frame rate, which Qwen2.5-VL
+    counts in units of 1 / tokens_per_second. Qwen2-VL has no such setting and counts moments."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(path_or_id, trust_remote_code=False)
         tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
         if tokenizer.convert_tokens_to_ids(END) in (None, tokenizer.unk_token_id):
             raise ValueError(f"it lacks the token {END}")
-        if not (family := family_of(backbone.config)).pads:
+        if not (family := family_of(config)).pads:
             return Processor(tokenizer, None)
-        if tokenizer.convert_tokens_to_ids(family.pads[0]) != backbone.config.image_token_id:
-            raise ValueError(f"the token {family.pads[0]} is not the backbone's, {backbone.config.image_token_id}")
-        vision = backbone.config.vision_config
-        image_processor = family.open(path_or_id, vision, max_pixels)
+        if tokenizer.convert_tokens_to_ids(family.pads[0]) != config.image_token_id:
+            raise ValueError(f"the token {family.pads[0]} is not the backbone's, {config.image_token_id}")
+        image_processor = family.open(path_or_id, config.vision_config, max_pixels)
     except Exception as error:  # as in load
         raise ValueError(f"{path_or_id}: its tokenizer or image processor cannot be used, take those of an instruction-"
                          f"tuned checkpoint of its family: {one_line(error)}") from None
-    return Processor(tokenizer, image_processor, getattr(vision, "tokens_per_second", 1), family)
+    return Processor(tokenizer, image_processor, getattr(config.vision_config, "tokens_per_second", 1), family)
 
 def from_backbone(path_or_id, head_layers=2, head_activation="silu", max_pixels=None, dtype=torch.float32,
                   paradigm="naive", critique_tokens=512):
     """A plain backbone (folder or hub id) with a fresh head, as a RewardModel. The weights are loaded in fp32 whatever
     the checkpoint holds: at a rate of 3e-6 a bf16 weight would round every update away. paradigm: of `Processor`."""
     lm = load(path_or_id, dtype, vocabulary_head=paradigm != "naive")
-    backbone = lm.model if paradigm != "naive" else lm
-    width = getattr(backbone.config, "text_config", backbone.config).hidden_size
+    width = lm.config.get_text_config().hidden_size
     config = {"paradigm": paradigm} | ({} if paradigm == "naive" else {"critique_tokens": critique_tokens})
     if paradigm in ("naive", "critic"):
         config |= {"head_layers": head_layers, "head_activation": head_activation, "width": width, "reads": READS}
-    processor = replace(load_processor(path_or_id, backbone, max_pixels), paradigm=paradigm)
-    return RewardModel(lm, make_head(config), processor, config)
+    return RewardModel(lm, make_head(config), load_processor(path_or_id, lm.config, max_pixels), config)
 
 def make_head(config: dict) -> nn.Sequential | None:
     """The reward head of a reward_config.json; a generative model has none."""
@@ -1129,25 +1109,22 @@ def from_pretrained(directory, dtype=torch.float32, paradigm: str | None = None)
     if kind != (paradigm or kind):
         raise ValueError(f"{directory} is a {kind} reward model and was asked for as a {paradigm} one")
     lm = load(directory, dtype, vocabulary_head=kind != "naive")
-    processor = load_processor(directory, lm.model if kind != "naive" else lm)
-    return RewardModel(lm, head, replace(processor, paradigm=kind), config).eval()
+    return RewardModel(lm, head, load_processor(directory, lm.config), config).eval()
 
 def save_pretrained(model: RewardModel, directory, state_dict: dict | None = None) -> None:
     """Backbone, tokenizer and image processor as transformers saves them; beside them head and reward_config.json.
     `state_dict`: the gathered weights of the model when its own are sharded over ranks."""
     state = state_dict or model.state_dict()
-    inside = {"backbone.": "" if model.lm_head is None else "model.", "lm_head.": "lm_head."}
-    lm = {new + name.removeprefix(old): w for old, new in inside.items() for name, w in state.items()
-          if name.startswith(old)}
-    head = {name.removeprefix("head."): w.detach().float().cpu().contiguous()
-            for name, w in state.items() if name.startswith("head.")}
+    lm, head = ({name.removeprefix(part): w for name, w in state.items() if name.startswith(part)}
+                for part in ("lm.", "head."))
     if model.head is not None and any(head[name].shape != w.shape for name, w in model.head.state_dict().items()):
         raise ValueError("the head's weights were not gathered from the ranks")
     with replacing(directory, last="reward_config.json") as partial:
-        model.whole[0].save_pretrained(partial, state_dict=lm)
-        model.whole[0].config.dtype = next(iter(lm.values())).dtype  # not that of frozen weights without updates
-        model.whole[0].config.save_pretrained(partial)
+        model.lm.save_pretrained(partial, state_dict=lm)
+        model.lm.config.dtype = next(iter(lm.values())).dtype  # not that of frozen weights without updates
+        model.lm.config.save_pretrained(partial)
         if head:
+            head = {name: w.detach().float().cpu().contiguous() for name, w in head.items()}
             save_file(head, partial / "head.safetensors")
         save_processor(model.processor, partial)
         (partial / "reward_config.json").write_text(json.dumps(model.config, indent=1) + "\n", encoding="utf-8")
@@ -1175,19 +1152,16 @@ def tiny_backbone(directory, texts, seed=0, kind="qwen2_5_vl", vocab_size=512, w
     Nor may rope_theta be large: with the usual 10,000 the columns of an image of three by three tokens differ by an
     angle of 0.006, and left is right.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import ByteLevelBPETokenizer, Tokenizer
 
     special = ["<|endoftext|>", "<|im_start|>", END, "<|vision_start|>", "<|vision_end|>", IMAGE_PAD, VIDEO_PAD]
     special += ["<img>", "</img>", "<IMG_CONTEXT>"] * (kind == "internvl")
     chat = ["system\nYou are a helpful assistant.", "\n", "user\n", "assistant\n"] * 100  # become whole tokens
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    bpe.train_from_iterator([*chat, *texts], trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=special, show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator([*chat, *texts], vocab_size, min_frequency=0, show_progress=False, special_tokens=special)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token=END, pad_token=special[0], chat_template=CHAT_TEMPLATE,
-        additional_special_tokens=special[1:2] + special[3:])
+        tokenizer_object=Tokenizer.from_str(bpe.to_str()), eos_token=END, pad_token=special[0],
+        additional_special_tokens=special[1:2] + special[3:], chat_template=CHAT_TEMPLATE)
 
     sees = kind in FAMILIES
     rope = {"rope_theta": 20.0, "mrope_section": [width // 32, width // 32 * 3 // 2, width // 32 * 3 // 2]}
@@ -1218,7 +1192,5 @@ def tiny_backbone(directory, texts, seed=0, kind="qwen2_5_vl", vocab_size=512, w
     model = kinds.from_config(AutoConfig.for_model(kind, **text))
     with replacing(directory) as partial:
         (model if vocabulary_head else model.model).save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        if sees:
-            images.save_pretrained(partial)
+        save_processor(Processor(tokenizer, images if sees else None), partial)
     return Path(directory)

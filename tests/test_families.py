@@ -326,7 +326,7 @@ def test_each_family_trains_frozen_and_sharded_and_is_a_policy(kind, tmp_path):
     start = RewardModel.from_backbone(tmp_path / "runnone" / "tiny_backbone").state_dict()
     plain, sharded = weights
     for key in plain:
-        frozen = key.startswith(("backbone.visual", "backbone.vision_tower", "backbone.multi_modal_projector"))
+        frozen = key.startswith(("lm.visual", "lm.vision_tower", "lm.multi_modal_projector"))
         assert key.startswith("head") or frozen == torch.equal(plain[key], start[key]), key
         assert (plain[key] - sharded[key]).abs().max() < 1e-4 or key == "head.2.bias", key  # which no loss pulls at
     cfg = rl_demo.Config(reward_model=[str(tmp_path / "runnone")], reward=["hybrid"], sft_steps=2, max_steps=1, batch_size=2, eval_size=4,

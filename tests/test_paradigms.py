@@ -42,7 +42,7 @@ def models(writer):
 def rows_of(model, items):
     """Every response alone with its prompt, in transformers' own model with its vocabulary head."""
     inputs, last = stock_inputs(items, model.backbone)
-    out = model.whole[0](**inputs, output_hidden_states=True)
+    out = model.lm(**inputs, output_hidden_states=True)
     return out.logits.float().log_softmax(dim=-1), model.backbone(**inputs).last_hidden_state, last.tolist()
 
 
@@ -292,7 +292,7 @@ def test_judge_prompts_for_rl_hold_both_orders_of_each_pair_with_their_answers(t
 
 
 def test_the_pairwise_reward_takes_a_judges_verdicts_of_all_pairs(models):
-    policy = m.Policy(models["direct"].whole[0], models["naive"].processor)
+    policy = m.Policy(models["direct"].lm, models["naive"].processor)
     prompts = [(0, c, encode(c, policy.processor).with_responses([])) for c in synthetic(1, seed=9)]
     cfg = rl.Config(group_size=3, max_new_tokens=3, pack_tokens=1024, rollout_rows=12, batch_size=1)
     run = SimpleNamespace(cfg=cfg, reward_models=[models["naive"]], judges=[models["direct"]])

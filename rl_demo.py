@@ -29,10 +29,9 @@ At the first pass rho = 1, and the first term's gradient is REINFORCE's, A times
 
 Writes into OUT: policy/ (the tiny start), start.json; for each reward REWARD/metrics.jsonl, result.json, policy/ (and
 checkpoint.pt while unfinished); table.md, summary.json, curves.svg, index.html.
-Differs from the paper, which gives no rate, clipping, KL weight or length (we: 1e-6, 0.2, 0.04, 512) and whose pairwise
-baseline asks a generative judge. --no_std is Dr. GRPO's (2503.20783); the loss per token, --clip_eps_high, --drop_equal
-and --mask_truncated are DAPO's (2503.14476), --clamp_ratio and --drop_outliers are StableReinforce's (2505.02835). No
-LoRA, sharded weights or tools.
+Differs from the paper, which gives no rate, clipping, KL weight or length (we: 1e-6, 0.2, 0.04, 512). --no_std is Dr.
+GRPO's (2503.20783); the loss per token, --clip_eps_high, --drop_equal and --mask_truncated are DAPO's (2503.14476),
+--clamp_ratio and --drop_outliers are StableReinforce's (2505.02835). No LoRA, sharded weights or tools.
 """
 import json
 import math
@@ -202,30 +201,31 @@ class Config:
         return cfg
 
 # 1  Prompts -----------------------------------------------------------------------------------------------------------
-def open_prompts(cfg: Config) -> tuple[object, list[int], list[int]]:
-    """(rows, which to learn from, which to examine on). Drawn: one exam for all seeds, none of it among the prompts."""
+def open_prompts(cfg: Config) -> tuple:
+    """(rows to learn from, rows to examine on). Drawn: one exam for all seeds, none of it among the prompts."""
     if not cfg.data:
         n = cfg.max_steps * cfg.batch_size
-        rows = synthetic(n, seed=3_000_000 + cfg.seed) + synthetic(cfg.eval_size, held_out=True)
-        return rows, list(range(n)), list(range(n, len(rows)))
+        return synthetic(n, seed=3_000_000 + cfg.seed), synthetic(cfg.eval_size, held_out=True)
     rows = read_comparisons(cfg.data, needs_responses=False)
     for i in range(len(rows)) if "rule" in cfg.reward else ():
         if not rows[i].answer:
             raise BadRow(f"{rows.place(i)}: no `answer`; rule needs one in each row, hybrid, model and pairwise do not")
     held = spread(min(cfg.eval_size, max(len(rows) // 10, 1)), len(rows))
-    return rows, sorted(set(range(len(rows))) - set(held)) or [0], held
+    return rows.only(sorted(set(range(len(rows))) - set(held)) or [0]), rows.only(held)
 
 def own_prompts(run, step: int) -> tuple[list, int]:
     """This rank's prompts of a step, and 1 if a row of any rank cannot be used, which is said; else 0."""
-    mine, prompts = run.order.step(step)[dist.get_rank()::dist.get_world_size()], None
+    prompts = None
     try:
-        prompts = read_prompts(run.rows, [run.learn[i] for _, i in mine], run.reference.processor)
+        prompts = read_prompts(run.rows, [i for _, i in run.order.step(step)], run.reference.processor)
     except BadRow as error:
         complain("rl_demo.py", str(error))
     return prompts, int(gather([prompts is None]).max())
 
-def read_prompts(rows, chosen, processor) -> list[tuple]:  # (row, the comparison with images and answer, encoded)
-    return [(i, rows[i], encode_row(rows, i, processor).with_responses([])) for i in chosen]
+def read_prompts(rows, chosen, processor) -> list[tuple]:
+    """This rank's of the chosen rows: (row, the comparison with images and answer, encoded)."""
+    mine = chosen[dist.get_rank()::dist.get_world_size()]
+    return [(i, rows[i], encode_row(rows, i, processor).with_responses([])) for i in mine]
 
 # 2 and 3  Rollouts and what they are worth ----------------------------------------------------------------------------
 def roll_out(policy: Policy, prompts: list[tuple], step, run) -> list[SimpleNamespace]:
@@ -338,10 +338,9 @@ def metrics(groups: list, batches: list, tokens: int, norms: list[float], cfg: C
         values["kl"].append(kl_estimate(batch.logprobs, batch.ref))
         values["clipped"].append(clipped)
         values["off_policy"].append((batch.old - batch.sampled).abs())
-    sums = [float(sum(part.double().sum() for part in parts)) for parts in values.values()]
-    counts = [sum(map(len, parts)) for parts in values.values()]
-    sums, counts = gather([sums, counts]).sum(dim=0).tolist()
-    means = {name: total / n if n else None for name, total, n in zip(values, sums, counts)}
+    sums = [(float(sum(part.double().sum() for part in parts)), sum(map(len, parts))) for parts in values.values()]
+    sums = gather(sums).sum(dim=0).tolist()
+    means = {name: total / n if n else None for name, (total, n) in zip(values, sums)}
     loss = float(gather([float(sum(batch.loss for batch in batches))]).sum()) if tokens else None
     return {"loss": loss} | means | {"tokens": tokens, "grad_norm": max(norms, default=0.0),
                                      "bad_gradients": sum(not math.isfinite(norm) for norm in norms)}
@@ -469,8 +468,8 @@ def percent(f: dict) -> str:  # accuracy +- its standard error over prompts
 def table(policies: dict[str, dict]) -> list[list[str]]:
     """In the manner of Table 11, a policy in a line; its gain over the start stands last."""
     start = policies["start"]
-    lines = [["policy", "accuracy", *start["accuracy_by_category"], "reward", "r(x, y)", "KL", "length", "cut off",
-              "gain"]]
+    first = ["policy", "accuracy", *start["accuracy_by_category"]]
+    lines = [[*first, "reward", "r(x, y)", "KL", "length", "cut off", "gain"]]
     for name, f in policies.items():
         paid = gain = ""
         if name != "start":
@@ -499,7 +498,7 @@ def write_report(out: Path, rows, cfg: Config, device) -> str:
     """table.md, summary.json, curves.svg and index.html, from what the run left; returns the table."""
     files = {"start": out / "start.json"} | {kind: out / kind / "result.json" for kind in REWARDS}
     exams = {name: json.loads(file.read_bytes()) for name, file in files.items() if file.exists()}
-    policies, n = {name: figures(exam) for name, exam in exams.items()}, len(exams["start"]["records"])
+    policies, n = {name: figures(exam) for name, exam in exams.items()}, len(rows)
     lines, checked = table(policies), "answers checked by the small rule" + " and math-verify" * MATH_VERIFY
     summary = {"policies": policies, "n": n, "checked": checked, "config": asdict(cfg), "receipt": receipt(device),
                "seconds": {name: exam["seconds"] for name, exam in exams.items()}}
@@ -524,7 +523,7 @@ def write_report(out: Path, rows, cfg: Config, device) -> str:
 def main(cfg: Config) -> int:
     # A  Processes, prompts, folder
     device, out, began = start_processes(), Path(cfg.out), time.time()
-    rows, learn, held = open_prompts(cfg)
+    rows, held = open_prompts(cfg)
     claim_folder(out, cfg.overwrite, cfg.resume)
     begun = from_first((out / "start.json").exists())
     if begun:
@@ -554,11 +553,10 @@ def main(cfg: Config) -> int:
         if other or not ours.tokenizer.get_vocab().items() <= theirs.tokenizer.get_vocab().items():
             raise ValueError(f"reward model {path} reads other tokens than policy {cfg.policy}, other images or none")
     # C  What the steps share, and the examination before
-    order = Order([[1] * len(learn)], [1.0], cfg.batch_size, cfg.seed)
-    exam = read_prompts(rows, held[dist.get_rank()::dist.get_world_size()], ours)
-    run = SimpleNamespace(cfg=cfg, device=device, rows=rows, learn=learn, order=order, exam=exam, reference=reference,
-                          reward_models=reward_models, judges=judges,
-                          steps=min(cfg.max_steps or math.inf, order.steps(cfg.epochs)))
+    order = Order([[1] * len(rows)], [1.0], cfg.batch_size, cfg.seed)
+    steps, exam = min(cfg.max_steps or math.inf, order.steps(cfg.epochs)), read_prompts(held, range(len(held)), ours)
+    run = SimpleNamespace(cfg=cfg, device=device, rows=rows, order=order, steps=steps, exam=exam, reference=reference,
+                          reward_models=reward_models, judges=judges)
     if not begun:
         found = examine(reference, run) | {"config": asdict(cfg), "step": 0, "seconds": round(time.time() - began, 1)}
         say(f"start: true accuracy {percent(figures(found))} percent on {len(found['records'])} held-out prompts")
@@ -571,7 +569,7 @@ def main(cfg: Config) -> int:
         elif status := grpo(kind, start, run):
             return status
     if dist.get_rank() == 0:
-        print(f"\n{write_report(out, rows, cfg, device)}\n\nopen {out / 'index.html'} in a browser")
+        print(f"\n{write_report(out, held, cfg, device)}\n\nopen {out / 'index.html'} in a browser")
     return 0
 
 if __name__ == "__main__":

@@ -410,12 +410,9 @@ def spread(n: int, rows: int) -> list[int]:
     return [i * rows // n for i in range(n)]
 
 def deal(names: list[tuple[int, int]], sets: list) -> list[list[tuple[int, int]]]:
-    """The rows of a step for each rank: the longest first, each to the rank that has least. All ranks wait for the
-    slowest in every step. Long is a row of many bytes in its file, all that is known of it before it is read; where
-    that is nothing (drawn pictures), rank r of w gets every w-th.
-
-    An image counts as its name; so rows with pictures of one size are shared out by chance, as they lie.
-    """
+    """The rows of a step for each rank: the longest first, each to the rank that has least, since all ranks wait for
+    the slowest. Long is a row of many bytes in its file, all that is known before it is read (an image counts as its
+    name); where that is nothing (drawn pictures), rank r of w gets every w-th."""
     hands, loads = [[] for _ in range(dist.get_world_size())], [0] * dist.get_world_size()
     sizes = [int(sets[s].table[i, 1]) if hasattr(sets[s], "table") else 1 for s, i in names]
     for size, name in sorted(zip(sizes, names), key=lambda both: -both[0]):

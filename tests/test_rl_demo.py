@@ -373,8 +373,8 @@ def test_a_report_without_matplotlib_has_all_but_the_picture(whole_run, tmp_path
     shutil.copytree(whole_run.out, tmp_path / "run")
     (tmp_path / "run" / "curves.svg").unlink(missing_ok=True)
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
-    rows, *_ = rl.open_prompts(whole_run)
-    rl.write_report(tmp_path / "run", rows, whole_run, torch.device("cpu"))
+    _, held = rl.open_prompts(whole_run)
+    rl.write_report(tmp_path / "run", held, whole_run, torch.device("cpu"))
     assert capsys.readouterr().out == "no curves.svg: pip install matplotlib draws it\n"
     html = (tmp_path / "run" / "index.html").read_text()
     assert "<svg" not in html and "Some prompts, before and after" in html and "data:image/jpeg" in html

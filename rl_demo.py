@@ -28,7 +28,7 @@ One step of GRPO (arXiv 2402.03300), with the numbers that stand in the code. pi
 At the first pass rho = 1, and the first term's gradient is REINFORCE's, A times that of l; the other pulls back to ref.
 
 Writes into OUT: policy/ (the tiny start), start.json; for each reward REWARD/metrics.jsonl, result.json, policy/ (and
-checkpoint.pt while unfinished); table.md, summary.json, curves.svg, index.html.
+checkpoint.pt while unfinished); table.md, summary.json, curves.svg (by matplotlib), index.html.
 Differs from the paper, which gives no rate, clipping, KL weight or length (we: 1e-6, 0.2, 0.04, 512). --no_std is Dr.
 GRPO's (2503.20783); the loss per token, --clip_eps_high, --drop_equal and --mask_truncated are DAPO's (2503.14476),
 --clamp_ratio and --drop_outliers are StableReinforce's (2505.02835). No LoRA, sharded weights or tools.
@@ -524,7 +524,7 @@ def main(cfg: Config) -> int:
     # A  Processes, prompts, folder
     device, out, began = start_processes(), Path(cfg.out), time.time()
     rows, held = open_prompts(cfg)
-    claim_folder(out, cfg.overwrite, cfg.resume)
+    claim_folder(out, cfg.overwrite, cfg.resume, "start.json")
     begun = from_first((out / "start.json").exists())
     if begun:
         read_state(out / "start.json", cfg, FREE)

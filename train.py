@@ -10,7 +10,7 @@ Read: `main` and on to the double line, 12 minutes, after Comparison, pack, pair
     torchrun train.py --resume                                  goes on where a stopped run left off
 
 Into --out go the reward model (RewardModel.from_pretrained loads it), metrics.jsonl, a line a step, its picture
-curve.svg, summary.json with the accuracy on held-out comparisons, and of an unfinished run checkpoint.pt (or -STEP/).
+curve.svg (by matplotlib), summary.json with the held-out accuracy, of an unfinished run checkpoint.pt (or -STEP/).
 
 Several processes. torchrun starts this script once for each GPU and tells each its *rank*: 0, 1 ... *world_size* - 1.
 Every rank holds the model and takes its share of a step's rows; before the optimiser moves, the ranks exchange their
@@ -524,15 +524,16 @@ def texts_of(rows, kind: str):
             yield f"{seen.prompt} {seen.responses[0]} {CRITIQUE_TURN}"
 
 # The run folder ------------------------------------------------------------------------------------------------------
-def claim_folder(out: Path, overwrite: bool, resume: bool) -> None:
+def claim_folder(out: Path, overwrite: bool, resume: bool, made_by: str = "metrics.jsonl") -> None:
     """Makes a run's folder ready, and locks it while this process lives: no run is overwritten by accident, nothing is
-    deleted that a run did not make, and no two runs write into one folder. The first rank acts, the others wait."""
+    deleted that a run did not make, and no two runs write into one folder. The first rank acts, the others wait.
+    made_by: a file that only a run of this script leaves."""
     if dist.get_rank() == 0:
         if overwrite and resume:
             raise ValueError("--overwrite and --resume contradict each other")
         out.mkdir(parents=True, exist_ok=True)
         names = {file.name for file in out.iterdir() if not file.match(".*.partial")}  # not of a write that was killed
-        ours = names & {LOCK, "metrics.jsonl", "start.json"}  # which only a run leaves
+        ours = LOCK in names or made_by in names
         early = {LOCK, "metrics.jsonl", "tiny_backbone", "policy"}  # from before there was anything to keep
         if names - early and not (ours and (resume or overwrite)):
             mend = ", or --resume an unfinished run, or --overwrite it" if ours else ": no run made what it holds"
@@ -727,7 +728,8 @@ def report(out: Path, model: RewardModel, held: list[Comparison], begun: float, 
     if log and not pairs and not texts:
         raise ValueError(f"not one pair could be used, all were dropped: {dropped}")
     shuffled = shuffle_images(held, cfg.seed)
-    scores = score_over_ranks(model.eval(), held, cfg.pack_tokens, cfg.on_bad_row, "held out")
+    some = held or [Comparison("?", ["a", "b"])] * (cfg.kind != "think")  # sharded, it can write nothing: make_model
+    scores = score_over_ranks(model.eval(), some, cfg.pack_tokens, cfg.on_bad_row, "held out")
     if not all(math.isfinite(sum(score.rewards)) for score in scores if isinstance(score, Score)):
         raise ValueError("the rewards are not finite, so no model is saved; start anew with a lower --lr")
     blind = score_over_ranks(model, shuffled, cfg.pack_tokens, cfg.on_bad_row, "images shuffled")
@@ -746,10 +748,10 @@ def report(out: Path, model: RewardModel, held: list[Comparison], begun: float, 
     weights = merged(dcp.get_model_state_dict(model, options=FULL))
     if dist.get_rank() == 0:
         model.save_pretrained(out, weights)
-        learnt = {"of pairs": curve(log, "loss")} | ({"of texts": curve(log, "text_loss")} if texts else {})
+        loss = {"training loss": curve(log, "loss")} | ({"of texts": curve(log, "text_loss")} if texts else {})
         right = {"training pairs": curve(log, "accuracy"), "held out": curve(log, "eval_accuracy")}
         draw_curves(out / "curve.svg", str(out), [
-            ("loss", learnt, {"log 2": LOG2}, None), ("accuracy", right, {"chance": 0.5}, 1),
+            ("loss", loss, {"log 2": LOG2}, None), ("accuracy", right, {"chance": 0.5}, 1),
             ("margin", {"mean margin": curve(log, "margin")}, {}, None)])
         write_text(out / "summary.json", json.dumps(summary | {"config": asdict(cfg)}, indent=1) + "\n")
         for old in out.glob("checkpoint[.-]*"):

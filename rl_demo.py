@@ -300,7 +300,7 @@ def letter_and_words(text: str) -> tuple[str, list[str]]:
 def drop_outliers(groups: list) -> None:
     """StableReinforce (arXiv 2505.02835): advantages are normalised once more over the rollouts of all ranks; those
     beyond three standard deviations become 0."""
-    every = torch.tensor([a for part in gather_objects([g.advantages.tolist() for g in groups]) for a in sum(part, [])])
+    every = torch.cat(sum(gather_objects([g.advantages for g in groups]), []))
     for g in groups:
         z = (g.advantages - every.mean()) / (every.std(correction=0) + 1e-6)
         if g.advantages.any():

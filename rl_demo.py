@@ -28,11 +28,10 @@ One step of GRPO (arXiv 2402.03300), with the numbers that stand in the code. pi
 At the first pass rho = 1, and the first term's gradient is REINFORCE's, A times that of l; the other pulls back to ref.
 
 Writes into OUT: policy/ (the tiny start), start.json; for each reward REWARD/metrics.jsonl, result.json, policy/ (and
-checkpoint.pt while unfinished); table.md, summary.json, curves.svg, index.html.
-Differs from the paper, which gives no rate, clipping, KL weight or length (we: 1e-6, 0.2, 0.04, 512) and whose pairwise
-baseline asks a generative judge. --no_std is Dr. GRPO's (2503.20783); the loss per token, --clip_eps_high, --drop_equal
-and --mask_truncated are DAPO's (2503.14476), --clamp_ratio and --drop_outliers are StableReinforce's (2505.02835). No
-LoRA, sharded weights or tools.
+checkpoint.pt while unfinished); table.md, summary.json, curves.svg (by matplotlib), index.html.
+Differs from the paper, which gives no rate, clipping, KL weight or length (we: 1e-6, 0.2, 0.04, 512). --no_std is Dr.
+GRPO's (2503.20783); the loss per token, --clip_eps_high, --drop_equal and --mask_truncated are DAPO's (2503.14476),
+--clamp_ratio and --drop_outliers are StableReinforce's (2505.02835). No LoRA, sharded weights or tools.
 """
 import json
 import math
@@ -46,7 +45,7 @@ import unicodedata
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import fmean, pstdev, stdev
+from statistics import fmean, pstdev
 from types import SimpleNamespace
 
 import torch
@@ -60,8 +59,9 @@ from transformers.hf_argparser import HfArg
 from data import BadRow, Order, encode_row, read_comparisons, synthetic
 from evaluate import markdown, page, receipt, thumbnails
 from model import Policy, RewardModel, fill_packs, generate, pack, recompute_activations, replacing
-from train import (Log, check_numbers, check_settings, claim_folder, command_line, complain, draw_curves, from_first,
-                   gather, gather_objects, read_log, read_state, say, spread, start_processes, stop_signals, write_text)
+from train import (check_numbers, claim_folder, command_line, complain, curve, draw_curves, from_first, gather,
+                   gather_objects, open_log, read_log, read_state, say, spread, start_processes, stop_signals,
+                   write_text)
 
 # 3  Rewards R (G,) of a group; what a group has, `roll_out` says
 def rule(group):
@@ -137,7 +137,7 @@ def grpo_step(kind: str, step: int, prompts: list, policy: Policy, optimizer, ru
             loss = grpo_loss(logprobs, batch.old, batch.ref, batch.advantage, tokens,
                              cfg.clip_eps, cfg.clip_eps_high, cfg.kl_coef, cfg.clamp_ratio)  # 6  Loss
             loss.backward()
-            batch.sums = token_sums(loss.detach() * tokens, logprobs.detach(), batch, cfg)  # each pass overwrites them
+            batch.loss, batch.logprobs = loss.detach(), logprobs.detach()  # the last pass is logged
         for p in policy.parameters():  # the ranks add up their gradients; one that had no batch adds nothing
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             dist.all_reduce(p.grad)
@@ -145,7 +145,7 @@ def grpo_step(kind: str, step: int, prompts: list, policy: Policy, optimizer, ru
         if math.isfinite(norms[-1]):  # the same on all ranks
             optimizer.step()                                                # 7  Update
         optimizer.zero_grad()
-    return metrics(groups, batches, tokens, norms)
+    return metrics(groups, batches, tokens, norms, cfg)
 
 # ======================================================================================================================
 # First reading ends here. Below: what a real run needs.
@@ -160,7 +160,6 @@ class Config:
     out: str = HfArg(default="runs/rl", help="run folder: policies, logs, table, curves and page")
     overwrite: bool = HfArg(default=False, help="delete the run that --out holds and start anew")
     resume: bool = HfArg(default=False, help="go on from the checkpoints in --out")
-    combine: list[str] = HfArg(default_factory=list, help="finished runs to print as one table, with their spread")
     seed: int = HfArg(default=0, help="of the tiny policy, of the order of the prompts, and of the rollouts")
     group_size: int = HfArg(default=8, help="G, rollouts per prompt (paper: 8)")
     batch_size: int | None = HfArg(default=None, help="prompts per step over all ranks; 256 (paper), 16 for tiny")
@@ -202,30 +201,31 @@ class Config:
         return cfg
 
 # 1  Prompts -----------------------------------------------------------------------------------------------------------
-def open_prompts(cfg: Config) -> tuple[object, list[int], list[int]]:
-    """(rows, which to learn from, which to examine on). Drawn: one exam for all seeds, none of it among the prompts."""
+def open_prompts(cfg: Config) -> tuple:
+    """(rows to learn from, rows to examine on). Drawn: one exam for all seeds, none of it among the prompts."""
     if not cfg.data:
         n = cfg.max_steps * cfg.batch_size
-        rows = synthetic(n, seed=3_000_000 + cfg.seed) + synthetic(cfg.eval_size, held_out=True)
-        return rows, list(range(n)), list(range(n, len(rows)))
+        return synthetic(n, seed=3_000_000 + cfg.seed), synthetic(cfg.eval_size, held_out=True)
     rows = read_comparisons(cfg.data, needs_responses=False)
     for i in range(len(rows)) if "rule" in cfg.reward else ():
         if not rows[i].answer:
             raise BadRow(f"{rows.place(i)}: no `answer`; rule needs one in each row, hybrid, model and pairwise do not")
     held = spread(min(cfg.eval_size, max(len(rows) // 10, 1)), len(rows))
-    return rows, sorted(set(range(len(rows))) - set(held)) or [0], held
+    return rows.only(sorted(set(range(len(rows))) - set(held)) or [0]), rows.only(held)
 
 def own_prompts(run, step: int) -> tuple[list, int]:
     """This rank's prompts of a step, and 1 if a row of any rank cannot be used, which is said; else 0."""
-    mine, prompts = run.order.step(step)[dist.get_rank()::dist.get_world_size()], None
+    prompts = None
     try:
-        prompts = read_prompts(run.rows, [run.learn[i] for _, i in mine], run.reference.processor)
+        prompts = read_prompts(run.rows, [i for _, i in run.order.step(step)], run.reference.processor)
     except BadRow as error:
         complain("rl_demo.py", str(error))
     return prompts, int(gather([prompts is None]).max())
 
-def read_prompts(rows, chosen, processor) -> list[tuple]:  # (row, the comparison with images and answer, encoded)
-    return [(i, rows[i], encode_row(rows, i, processor).with_responses([])) for i in chosen]
+def read_prompts(rows, chosen, processor) -> list[tuple]:
+    """This rank's of the chosen rows: (row, the comparison with images and answer, encoded)."""
+    mine = chosen[dist.get_rank()::dist.get_world_size()]
+    return [(i, rows[i], encode_row(rows, i, processor).with_responses([])) for i in mine]
 
 # 2 and 3  Rollouts and what they are worth ----------------------------------------------------------------------------
 def roll_out(policy: Policy, prompts: list[tuple], step, run) -> list[SimpleNamespace]:
@@ -260,12 +260,10 @@ def roll_out(policy: Policy, prompts: list[tuple], step, run) -> list[SimpleName
 # The answer rule ------------------------------------------------------------------------------------------------------
 MATH_VERIFY = find_spec("math_verify") is not None  # installed: it decides about formulas
 TAGGED = re.compile(r"<answer>(.*?)</answer>|\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}", re.DOTALL)
-PREAMBLE = re.compile(r"^\W*(?:the )?(?:(?:final|correct) )?(?:answer|option|choice)(?: is)?\b[\s:]*", re.IGNORECASE)
+PREAMBLE = re.compile(r"^\W*(?:the )?(?:(?:final|correct) )?(?:answer|option|choice)(?: is)?\b[\s:]*")
 OPTION = re.compile(r"(?:[^\w-]*([a-z])(?:\W*$|[).:]\s))?(.*)", re.DOTALL)  # "(a)", "b.", "c) red"; not "a red circle"
 WORD = re.compile(r"-?\d+(?:[.:/]\d+)*|(?:(?<!\w)-)?[^\W\d_]+|[%°<>≤≥≠=^√±×÷]|(?<=\w)[+*/](?=\w)")
 UNITS = set("mm cm m km g kg s min h % ° percent degrees dollars euros inches feet".split())
-SPELT = {"([⁰¹²³⁴-⁹⁻]+)": r"^\1", r"(?<=\d),(?=\d{3}(?!\d))": "",  # 10² is not 102, 1,000 is 1000
-         r"(?<![\d.])\.(?=\d)": "0.", r"(\.\d*?)0+(?!\d)": r"\1"}  # .5 is 0.5; 2.50 is 2.5
 
 def answer_matches(response: str, answer: str) -> bool:
     """3  Whether a response is the answer: the same option, the same words, or (math-verify) an equal formula. Only the
@@ -273,37 +271,36 @@ def answer_matches(response: str, answer: str) -> bool:
     >>> answer_matches("b) 5 cm", "B"), answer_matches("The answer is **5 cm**.", "5"), answer_matches("-5", "5")
     (True, True, False)
     """
-    response, answer = ("".join((TAGGED.findall(text) or [(text,)])[-1]).strip() for text in (response, answer))
-    (letter, words), (right_letter, right) = letter_and_words(response), letter_and_words(answer)
+    texts = ["".join((TAGGED.findall(text) or [(text,)])[-1]).strip() for text in (response, answer)]
+    (letter, words), (right_letter, right) = map(letter_and_words, texts)
     if letter and right_letter:
         return letter == right_letter
     if len(words) != len(right):  # of two units both must agree, one alone is no matter
         words, right = (own[:-1] if own[1:] and own[-1] in UNITS else own for own in (words, right))
-    return bool(right) and words == right or same_formula(response, answer)
-
-def letter_and_words(text: str) -> tuple[str, list[str]]:
-    """The letter of an option; words, numbers and signs: ("b", ["2.5", "cm"]) of "(B) 2.50 cm"."""
-    for pattern, plain in SPELT.items():
-        text = re.sub(pattern, plain, text)
-    text = PREAMBLE.sub("", unicodedata.normalize("NFKC", text).replace("\u2212", "-")).lower()
-    letter, rest = OPTION.match(text).groups(default="")
-    return letter, WORD.findall(rest or text)  # what follows the letter is the option's text
-
-def same_formula(response: str, answer: str) -> bool:
-    """Whether two formulas are equal, if math-verify is installed. Trap: it multiplies the letters of a word, adds up
-    numbers side by side, and divides 3 by 45 in 3:45; so such texts are left to the words."""
-    texts = [re.sub(r"\\[a-zA-Z]+", "+", text) for text in (response, answer)]
-    if not MATH_VERIFY or any(len(text) > 100 or re.search(r"[^\W\d_]{2,}|\d\s+\w|:", text) for text in texts):
+    if words == right:
+        return bool(right)
+    # Trap: math-verify multiplies the letters of a word, adds up numbers side by side, and divides 3 by 45 in 3:45
+    no_formula = re.compile(r"(?<![\\a-zA-Z])[^\W\d_]{2,}|\d\s+\w|:")
+    if not MATH_VERIFY or any(len(text) > 100 or no_formula.search(text) for text in texts):
         return False
     import logging
     from math_verify import parse, verify
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
-    return verify(*(parse(f"${text.strip('$. ')}$") for text in (answer, response)))  # at most 5 s each, by a signal
+    response, answer = (parse(f"${text.strip('$. ')}$") for text in texts)
+    return verify(answer, response)  # at most 5 s, by a signal
+
+def letter_and_words(text: str) -> tuple[str, list[str]]:
+    """The letter of an option; words, numbers and signs: ("b", ["2.5", "cm"]) of "(B) 2.50 cm"."""
+    text = unicodedata.normalize("NFC", text.replace("\u2212", "-").replace("²", "^2")).lower()
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)  # 1,000 is 1000
+    text = re.sub(r"\d*\.\d+", lambda number: f"{float(number[0]):.15g}", text)  # .5 is 0.5, 2.50 is 2.5
+    letter, rest = OPTION.match(PREAMBLE.sub("", text)).groups(default="")
+    return letter, WORD.findall(rest or text)  # what follows the letter is the option's text
 
 def drop_outliers(groups: list) -> None:
     """StableReinforce (arXiv 2505.02835): advantages are normalised once more over the rollouts of all ranks; those
     beyond three standard deviations become 0."""
-    every = torch.tensor([a for part in gather_objects([g.advantages.tolist() for g in groups]) for a in sum(part, [])])
+    every = torch.cat(sum(gather_objects([g.advantages for g in groups]), []))
     for g in groups:
         z = (g.advantages - every.mean()) / (every.std(correction=0) + 1e-6)
         if g.advantages.any():
@@ -327,29 +324,29 @@ def make_batches(groups: list, run) -> tuple[list, int]:
         batches.append(SimpleNamespace(pack=packed, keep=keep.to(run.device), advantage=advantage, sampled=sampled))
     return batches, int(gather([sum(len(batch.advantage) for batch in batches)]).sum())
 
-def token_sums(loss: torch.Tensor, logprobs: torch.Tensor, batch, cfg: Config) -> torch.Tensor:
-    """Over a batch's tokens: loss, k3, tokens whose pull is clipped, and off_policy, |l_old - the log-probability as
-    drawn|: more than rounding on a GPU, where `generate` has a stream of bf16; rho, being 1 at first, hides it."""
-    ratio, off_policy = torch.exp(logprobs - batch.old), (batch.old - batch.sampled).abs()
-    clipped = ratio.clamp(1 - cfg.clip_eps, 1 + cfg.clip_eps_high) * batch.advantage < ratio * batch.advantage
-    return torch.stack([x.double().sum() for x in (loss, kl_estimate(logprobs, batch.ref), clipped, off_policy)])
-
-def metrics(groups: list, batches: list, tokens: int, norms: list[float]) -> dict:
-    """Means over the rollouts, groups or tokens of all ranks; None where there is none to take a mean of."""
+def metrics(groups: list, batches: list, tokens: int, norms: list[float], cfg: Config) -> dict:
+    """Means over the rollouts, groups or tokens of all ranks; None where there is none to take a mean of. off_policy is
+    |l_old - the log-probability as drawn|: more than rounding on a GPU, where `generate` has a stream of bf16; rho,
+    being 1 at first, hides it."""
     values = {"reward": [g.rewards for g in groups], "model_reward": [g.model_rewards for g in groups],
               "accuracy": [g.matches for g in groups if g.comparison.answer],
               "length": [torch.tensor(g.lengths) for g in groups], "truncated": [g.truncated for g in groups],
-              "equal_groups": [~g.advantages.any()[None] for g in groups]}
-    sums = sum((batch.sums.cpu() for batch in batches if tokens), torch.zeros(4, dtype=torch.float64)).tolist()
-    totals = gather([*(float(sum(part.sum() for part in parts)) for parts in values.values()), *sums]).sum(dim=0)
-    counts = gather([sum(map(len, parts)) for parts in values.values()]).sum(dim=0).tolist() + [tokens] * len(sums)
-    names = (*values, "loss", "kl", "clipped", "off_policy")
-    means = {name: total / n if n else None for name, total, n in zip(names, totals.tolist(), counts)}
-    bad = sum(not math.isfinite(norm) for norm in norms)
-    return means | {"tokens": tokens, "grad_norm": max(norms, default=0.0), "bad_gradients": bad}
+              "equal_groups": [~g.advantages.any()[None] for g in groups], "kl": [], "clipped": [], "off_policy": []}
+    for batch in batches if tokens else ():
+        ratio = torch.exp(batch.logprobs - batch.old)
+        clipped = ratio.clamp(1 - cfg.clip_eps, 1 + cfg.clip_eps_high) * batch.advantage < ratio * batch.advantage
+        values["kl"].append(kl_estimate(batch.logprobs, batch.ref))
+        values["clipped"].append(clipped)
+        values["off_policy"].append((batch.old - batch.sampled).abs())
+    sums = [(float(sum(part.double().sum() for part in parts)), sum(map(len, parts))) for parts in values.values()]
+    sums = gather(sums).sum(dim=0).tolist()
+    means = {name: total / n if n else None for name, (total, n) in zip(values, sums)}
+    loss = float(gather([float(sum(batch.loss for batch in batches))]).sum()) if tokens else None
+    return {"loss": loss} | means | {"tokens": tokens, "grad_norm": max(norms, default=0.0),
+                                     "bad_gradients": sum(not math.isfinite(norm) for norm in norms)}
 
 # The run --------------------------------------------------------------------------------------------------------------
-FREE = ("out", "overwrite", "resume", "combine", "reward", "rollout_rows", "gradient_checkpointing", "save_every")
+FREE = ("out", "overwrite", "resume", "reward", "rollout_rows", "gradient_checkpointing", "save_every")
 
 def grpo(kind: str, start, run) -> int:
     """GRPO under one reward from the policy `start`, into OUT/REWARD: 0, or the exit status of a run to be resumed, a
@@ -370,14 +367,14 @@ def grpo(kind: str, start, run) -> int:
         step, began = state["step"], began - state["seconds"]
         del state
     say(f"{kind}: {run.steps} steps" + (f", going on from step {step}" if step else ""))
-    with stop_signals() as told, Log(folder, step, run.steps) as log:
+    with stop_signals() as told, open_log(folder, step, run.steps) as write_row:
         while step < run.steps and not status:
             started = time.time()
             prompts, status = own_prompts(run, step)                        # 1  Prompts
             if not status:
                 line = grpo_step(kind, step, prompts, policy, optimizer, run)
                 step += 1
-                log.write({"step": step} | line | {"seconds": round(time.time() - started, 3)})
+                write_row({"step": step} | line | {"seconds": round(time.time() - started, 3)})
                 bad_in_a_row = bad_in_a_row + line["bad_gradients"] if line["bad_gradients"] else 0
                 number = int(gather([told.number]).max())
                 status = 128 + number if number else int(bad_in_a_row >= 10)
@@ -403,7 +400,7 @@ def grpo(kind: str, start, run) -> int:
             shutil.copy(judge, folder / "policy")  # it was a judge, and still is
         write_text(folder / "result.json", json.dumps(exam) + "\n")
         file.unlink()
-    say(f"{kind}: true accuracy {percent([figures(exam)])} percent after {step} steps, {exam['seconds']:.0f} s")
+    say(f"{kind}: true accuracy {percent(figures(exam))} percent after {step} steps, {exam['seconds']:.0f} s")
     return 0
 
 def make_policy(cfg: Config, folder: Path, reward_model: RewardModel, rows=None) -> None:
@@ -465,28 +462,22 @@ def figures(exam: dict) -> dict:
             "paid": {kind: fmean(x for r in records for x in r["paid"][kind]) for kind in REWARDS}, "kl": exam["kl"],
             **{name: fmean(x for r in records for x in r[name]) for name in ("model_reward", "length", "truncated")}}
 
-def percent(found: list[dict]) -> str:  # accuracy +- its standard error over prompts; of several runs, deviation
-    accuracies = [f["accuracy"] for f in found]
-    if None in accuracies:
-        return "unknown"
-    apart = stdev(accuracies) if len(found) > 1 else found[0]["standard_error"]
-    return f"{100 * fmean(accuracies):.1f} +- {100 * apart:.1f}"
+def percent(f: dict) -> str:  # accuracy +- its standard error over prompts
+    return "unknown" if f["accuracy"] is None else f"{100 * f['accuracy']:.1f} +- {100 * f['standard_error']:.1f}"
 
-def table(runs: list[dict]) -> list[list[str]]:
-    """In the manner of Table 11, a policy in a line; means over the runs, whose gains over their starts stand last."""
-    starts = [run["start"] for run in runs]
-    categories = [c for c in starts[0]["accuracy_by_category"] if all(c in f["accuracy_by_category"] for f in starts)]
-    lines = [["policy", "accuracy", *categories, "reward", "r(x, y)", "KL", "length", "cut off", "gain"]]
-    for name in (name for name in runs[0] if all(name in run for run in runs)):
-        found = [run[name] for run in runs]
-        mean = {key: fmean(f[key] for f in found) for key in ("model_reward", "kl", "length", "truncated")}
-        parts = [f"{100 * fmean(f['accuracy_by_category'][c] for f in found):.1f}" for c in categories]
-        paid, gains = "", []
+def table(policies: dict[str, dict]) -> list[list[str]]:
+    """In the manner of Table 11, a policy in a line; its gain over the start stands last."""
+    start = policies["start"]
+    first = ["policy", "accuracy", *start["accuracy_by_category"]]
+    lines = [[*first, "reward", "r(x, y)", "KL", "length", "cut off", "gain"]]
+    for name, f in policies.items():
+        paid = gain = ""
         if name != "start":
-            paid = " -> ".join(f"{fmean(f['paid'][name] for f in when):.2f}" for when in (starts, found))
-            gains = [f"{100 * (f['accuracy'] - s['accuracy']):+.1f}" for f, s in zip(found, starts) if categories]
-        lines.append([name, percent(found), *parts, paid, f"{mean['model_reward']:.2f}", f"{mean['kl']:.3f}",
-                      f"{mean['length']:.1f}", f"{100 * mean['truncated']:.1f}%", " ".join(gains)])
+            paid = f"{start['paid'][name]:.2f} -> {f['paid'][name]:.2f}"
+            gain = "" if f["accuracy"] is None else f"{100 * (f['accuracy'] - start['accuracy']):+.1f}"
+        parts = [f"{100 * share:.1f}" for share in f["accuracy_by_category"].values()]
+        lines.append([name, percent(f), *parts, paid, f"{f['model_reward']:.2f}", f"{f['kl']:.3f}",
+                      f"{f['length']:.1f}", f"{100 * f['truncated']:.1f}%", gain])
     return lines
 
 def cards_of(exams: dict[str, dict], rows) -> list[dict]:  # for a prompt of each category: all policies' rollouts
@@ -507,46 +498,36 @@ def write_report(out: Path, rows, cfg: Config, device) -> str:
     """table.md, summary.json, curves.svg and index.html, from what the run left; returns the table."""
     files = {"start": out / "start.json"} | {kind: out / kind / "result.json" for kind in REWARDS}
     exams = {name: json.loads(file.read_bytes()) for name, file in files.items() if file.exists()}
-    policies, n = {name: figures(exam) for name, exam in exams.items()}, len(exams["start"]["records"])
-    lines, checked = table([policies]), "answers checked by the small rule" + " and math-verify" * MATH_VERIFY
+    policies, n = {name: figures(exam) for name, exam in exams.items()}, len(rows)
+    lines, checked = table(policies), "answers checked by the small rule" + " and math-verify" * MATH_VERIFY
     summary = {"policies": policies, "n": n, "checked": checked, "config": asdict(cfg), "receipt": receipt(device),
                "seconds": {name: exam["seconds"] for name, exam in exams.items()}}
     write_text(out / "summary.json", json.dumps(summary, indent=1) + "\n")
     write_text(out / "table.md", markdown(lines) + "\n")
-    panels, known = [], policies["start"]["accuracy"]
+    logs = {kind: read_log(out / kind / "metrics.jsonl") for kind in exams if kind != "start"}
+    known, panels = policies["start"]["accuracy"], []
     for name, heading in (("reward", "reward that is paid"), ("accuracy", "accuracy of the rollouts"),
                           ("model_reward", "r(x, y), the reward model's"), ("kl", "KL to the start")):
-        curves = {}
-        for kind in [*exams][1:]:
-            log = [row for row in read_log(out / kind / "metrics.jsonl") if row[name] is not None]
-            width = math.ceil(len(log) / 25) or 1  # a point is the mean over 1/25 of the run
-            parts = [log[i:i + width] for i in range(0, len(log), width)]
-            curves[kind] = [(part[-1]["step"], fmean(row[name] for row in part)) for part in parts]
-        panels.append((heading, curves, {"start": known} if known is not None and name == "accuracy" else {}, 0, None))
-    draw_curves(out / "curves.svg", f"GRPO, seed {cfg.seed}", panels)
+        dashed = {"start": known} if name == "accuracy" and known is not None else {}
+        panels.append((heading, {kind: curve(log, name) for kind, log in logs.items()}, dashed, None))
+    picture = draw_curves(out / "curves.svg", f"GRPO, seed {cfg.seed}", panels)
     write_text(out / "index.html", page("GRPO with the reward model", [
         {"text": [f"True accuracy in percent on {n} held-out prompts, {cfg.group_size} rollouts each at temperature 1, "
                   f"+- a standard error over prompts; {checked}. Reward: what is paid, at start and end; KL: to the "
                   f"start, per token. Where rewards rise and accuracy does not, they are hacked."], "table": lines},
-        {"heading": "Curves", "html": Markup((out / "curves.svg").read_text(encoding="utf-8"))},
+        {"html": Markup(picture[picture.find("<svg"):])},  # HTML knows no XML declaration
         {"heading": "Some prompts, before and after", "cards": cards_of(exams, rows),
          "text": ["+ marks a match with the answer; the number is the reward model's reward r(x, y)"]}]))
     return f"{markdown(lines)}\n({checked})"
 
 def main(cfg: Config) -> int:
-    if cfg.combine:
-        runs = [json.loads((Path(folder) / "summary.json").read_bytes()) for folder in cfg.combine]
-        if not all("policies" in run for run in runs):
-            raise ValueError("--combine: a summary.json that rl_demo.py did not write; give its run folders")
-        print(markdown(table([run["policies"] for run in runs])))
-        return 0
     # A  Processes, prompts, folder
     device, out, began = start_processes(), Path(cfg.out), time.time()
-    rows, learn, held = open_prompts(cfg)
-    claim_folder(out, cfg.overwrite, cfg.resume, "start.json", ("policy",))
+    rows, held = open_prompts(cfg)
+    claim_folder(out, cfg.overwrite, cfg.resume, "start.json")
     begun = from_first((out / "start.json").exists())
     if begun:
-        check_settings(out / "start.json", json.loads((out / "start.json").read_bytes())["config"], cfg, FREE)
+        read_state(out / "start.json", cfg, FREE)
     say(json.dumps(asdict(cfg)))
     # B  Reward models, in bf16 on a GPU; the start, which as reference never moves
     start, paths, dtype = cfg.policy, cfg.reward_model, torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -572,14 +553,13 @@ def main(cfg: Config) -> int:
         if other or not ours.tokenizer.get_vocab().items() <= theirs.tokenizer.get_vocab().items():
             raise ValueError(f"reward model {path} reads other tokens than policy {cfg.policy}, other images or none")
     # C  What the steps share, and the examination before
-    order = Order([[1] * len(learn)], [1.0], cfg.batch_size, cfg.seed)
-    exam = read_prompts(rows, held[dist.get_rank()::dist.get_world_size()], ours)
-    run = SimpleNamespace(cfg=cfg, device=device, rows=rows, learn=learn, order=order, exam=exam, reference=reference,
-                          reward_models=reward_models, judges=judges,
-                          steps=min(cfg.max_steps or math.inf, order.steps(cfg.epochs)))
+    order = Order([[1] * len(rows)], [1.0], cfg.batch_size, cfg.seed)
+    steps, exam = min(cfg.max_steps or math.inf, order.steps(cfg.epochs)), read_prompts(held, range(len(held)), ours)
+    run = SimpleNamespace(cfg=cfg, device=device, rows=rows, order=order, steps=steps, exam=exam, reference=reference,
+                          reward_models=reward_models, judges=judges)
     if not begun:
-        found = examine(reference, run) | {"config": asdict(cfg), "seconds": round(time.time() - began, 1)}
-        say(f"start: true accuracy {percent([figures(found)])} percent on {len(found['records'])} held-out prompts")
+        found = examine(reference, run) | {"config": asdict(cfg), "step": 0, "seconds": round(time.time() - began, 1)}
+        say(f"start: true accuracy {percent(figures(found))} percent on {len(found['records'])} held-out prompts")
         if dist.get_rank() == 0:
             write_text(out / "start.json", json.dumps(found) + "\n")
     # D  GRPO under each reward in turn, each from the same start; then the report
@@ -589,7 +569,7 @@ def main(cfg: Config) -> int:
         elif status := grpo(kind, start, run):
             return status
     if dist.get_rank() == 0:
-        print(f"\n{write_report(out, rows, cfg, device)}\n\nopen {out / 'index.html'} in a browser")
+        print(f"\n{write_report(out, held, cfg, device)}\n\nopen {out / 'index.html'} in a browser")
     return 0
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ Read: `main` and on to the double line, 12 minutes, after Comparison, pack, pair
     torchrun train.py --resume                                  goes on where a stopped run left off
 
 Into --out go the reward model (RewardModel.from_pretrained loads it), metrics.jsonl, a line a step, its picture
-curve.svg, summary.json with the accuracy on held-out comparisons, and of an unfinished run checkpoint.pt (or -STEP/).
+curve.svg (by matplotlib), summary.json with the held-out accuracy, of an unfinished run checkpoint.pt (or -STEP/).
 
 Several processes. torchrun starts this script once for each GPU and tells each its *rank*: 0, 1 ... *world_size* - 1.
 Every rank holds the model and takes its share of a step's rows; before the optimiser moves, the ranks exchange their
@@ -24,6 +24,7 @@ comparison, 1,280 tokens an image as transformers has it, and train everything. 
 import argparse
 import atexit
 import contextlib
+import io
 import json
 import math
 import os
@@ -40,7 +41,6 @@ from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
 from typing import Literal
-from xml.sax.saxutils import escape
 
 import filelock
 import torch
@@ -86,7 +86,7 @@ def main(cfg: "Config") -> int:
     filler = pack([Comparison("?", ["a", "b"], [(0, 1)])], raw_model.processor)
     load = partial(load_step, order=order, sets=sets, processor=raw_model.processor, cfg=cfg)
     status, bad_in_a_row, started = 0, 0, time.time()
-    with stop_signals() as told, Log(out, state["step"], steps) as log:
+    with stop_signals() as told, open_log(out, state["step"], steps) as write_row:
         for share in one_ahead(load, range(state["step"], steps), device.type == "cuda"):
             # What all ranks must agree upon: what to divide by, how many micro-steps to make, whether to go on
             stop = share.status or (128 + told.number if told.number else 0)  # 128 + signal, as in shells
@@ -107,7 +107,7 @@ def main(cfg: "Config") -> int:
                    "seconds": time.time() - started, "gpu_gb": torch.cuda.max_memory_allocated() / 1e9}
             if held and cfg.eval_every and step % cfg.eval_every == 0 and step < steps:
                 row["eval_accuracy"] = examine(raw_model, held, cfg)
-            log.write(row)
+            write_row(row)
             bad_in_a_row = 0 if math.isfinite(norm) else bad_in_a_row + 1
             if bad_in_a_row == 10:
                 say("train.py: ten steps in a row had a gradient that is not finite; take a lower --lr", sys.stderr)
@@ -263,10 +263,10 @@ class Config:
 
 TINY = {"tiny": "qwen2_5_vl", "tiny-qwen2-vl": "qwen2_vl", "tiny-qwen3-vl": "qwen3_vl", "tiny-internvl": "internvl",
         "tiny-qwen2": "qwen2", "tiny-qwen3": "qwen3"}  # made on the spot; the last two read no images
+FREE = ("out", "overwrite", "resume", "eval_data", "eval_every", "save_every", "gradient_checkpointing", "shard",
+        "on_bad_row")  # what a resumed run may change
 LOG2 = math.log(2)  # the loss of a model that knows nothing
 LOCK = ".run.lock"  # in a run folder while a run is under way, and after one that was killed
-LOCKS = []  # of the run folders that this process claimed, held until it ends
-COLOURS = ("#1f5fbf", "#d2691e", "#2e8b57", "#8b3a8b", "#555555", "#b22222")  # of curves
 FULL = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered from all ranks, on the first
 TRAINED = replace(FULL, ignore_frozen_params=True)
 FROM_FIRST = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
@@ -410,12 +410,9 @@ def spread(n: int, rows: int) -> list[int]:
     return [i * rows // n for i in range(n)]
 
 def deal(names: list[tuple[int, int]], sets: list) -> list[list[tuple[int, int]]]:
-    """The rows of a step for each rank: the longest first, each to the rank that has least. All ranks wait for the
-    slowest in every step. Long is a row of many bytes in its file, all that is known of it before it is read; where
-    that is nothing (drawn pictures), rank r of w gets every w-th.
-
-    An image counts as its name; so rows with pictures of one size are shared out by chance, as they lie.
-    """
+    """The rows of a step for each rank: the longest first, each to the rank that has least, since all ranks wait for
+    the slowest. Long is a row of many bytes in its file, all that is known before it is read (an image counts as its
+    name); where that is nothing (drawn pictures), rank r of w gets every w-th."""
     hands, loads = [[] for _ in range(dist.get_world_size())], [0] * dist.get_world_size()
     sizes = [int(sets[s].table[i, 1]) if hasattr(sets[s], "table") else 1 for s, i in names]
     for size, name in sorted(zip(sizes, names), key=lambda both: -both[0]):
@@ -448,8 +445,9 @@ def make_model(cfg: Config, sets: list, device: torch.device) -> RewardModel:
     """A reward model on a pretrained backbone, or on a tiny one whose vocabulary is made from the data's texts. It is
     still on the host; if it is to be sharded, with its numbers on the first rank's alone: see distribute."""
     path = cfg.backbone
-    if cfg.kind in ("critic", "think") and cfg.max_steps != 0 and not any(critiques_in(rows) for rows in sets):
-        raise ValueError(f"--paradigm {cfg.paradigm} learns to write critiques, and the first rows of --data have none")
+    if cfg.kind in ("critic", "think") and cfg.max_steps != 0:
+        if not any("".join(c.critiques).strip() for rows in sets for c in first_rows(rows)):
+            raise ValueError(f"--paradigm {cfg.paradigm} learns to write critiques; the first rows of --data have none")
     if path in TINY:
         path = Path(cfg.out) / "tiny_backbone"
         if dist.get_rank() == 0:
@@ -470,14 +468,6 @@ def make_model(cfg: Config, sets: list, device: torch.device) -> RewardModel:
     if cfg.gradient_checkpointing:
         recompute_activations(model.backbone)
     return model
-
-def critiques_in(rows) -> bool:
-    """Whether one of the first rows has a critique."""
-    for i in range(min(2000, len(rows))):
-        with contextlib.suppress(BadRow):
-            if any(text.strip() for text in rows[i].critiques):
-                return True
-    return False
 
 class LowRank(torch.nn.Linear):
     """A linear layer that stays as it is and learns an update of low rank beside it (LoRA, arXiv 2106.09685):
@@ -519,37 +509,41 @@ def merged(state: dict) -> dict:
             out[f"{layer}weight"] = out[f"{layer}weight"] + LowRank.ALPHA / len(a) * state[f"{layer}lora_b"] @ a
     return out
 
-def texts_of(rows, kind: str):
-    """The texts of the first rows. What is wrong with one is said when it is trained on."""
+def first_rows(rows):
+    """Of the first 2,000 those that can be read. What is wrong with another is said when it is trained on."""
     for i in range(min(2000, len(rows))):
         with contextlib.suppress(BadRow):
-            c = rows[i]
-            yield f"{c.prompt} {' '.join(c.responses)}"
-            if kind != "naive":  # a pretrained model knows these words too
-                seen = judge_pair(c, *c.pairs[0], think=True)
-                yield f"{seen.prompt} {seen.responses[0]} {CRITIQUE_TURN}"
+            yield rows[i]
+
+def texts_of(rows, kind: str):
+    """What a tiny backbone's vocabulary is made from."""
+    for c in first_rows(rows):
+        yield f"{c.prompt} {' '.join(c.responses)}"
+        if kind != "naive":  # a pretrained model knows these words too
+            seen = judge_pair(c, *c.pairs[0], think=True)
+            yield f"{seen.prompt} {seen.responses[0]} {CRITIQUE_TURN}"
 
 # The run folder ------------------------------------------------------------------------------------------------------
-def claim_folder(out, overwrite, resume, made_by="metrics.jsonl", leftover=("metrics.jsonl", "tiny_backbone")) -> None:
+def claim_folder(out: Path, overwrite: bool, resume: bool, made_by: str = "metrics.jsonl") -> None:
     """Makes a run's folder ready, and locks it while this process lives: no run is overwritten by accident, nothing is
     deleted that a run did not make, and no two runs write into one folder. The first rank acts, the others wait.
-    made_by: a file that only a run leaves. leftover: what a run leaves that ended before there was anything to keep."""
-    out = Path(out)
+    made_by: a file that only a run of this script leaves."""
     if dist.get_rank() == 0:
         if overwrite and resume:
             raise ValueError("--overwrite and --resume contradict each other")
         out.mkdir(parents=True, exist_ok=True)
         names = {file.name for file in out.iterdir() if not file.match(".*.partial")}  # not of a write that was killed
         ours = LOCK in names or made_by in names
-        if names - {LOCK, *leftover} and not (ours and (resume or overwrite)):
+        early = {LOCK, "metrics.jsonl", "tiny_backbone", "policy"}  # from before there was anything to keep
+        if names - early and not (ours and (resume or overwrite)):
             mend = ", or --resume an unfinished run, or --overwrite it" if ours else ": no run made what it holds"
             raise ValueError(f"{out} is not empty; choose another --out{mend}")
-        LOCKS.append(filelock.FileLock((out / LOCK).resolve(), is_singleton=True))  # this process may claim it again
+        lock = filelock.FileLock((out / LOCK).resolve(), is_singleton=True)  # this process may claim it again
         try:
-            LOCKS[-1].acquire(blocking=False)
+            lock.acquire(blocking=False)
         except filelock.Timeout:
             raise ValueError(f"another process is writing into {out}; wait for it or choose another --out") from None
-        atexit.register((out / LOCK).resolve().unlink, missing_ok=True)  # while it is still held
+        atexit.register(lambda: Path(lock.lock_file).unlink(missing_ok=True))  # which also keeps hold of it until then
         for file in out.iterdir() if overwrite else ():
             if file.name != LOCK:  # it stays: a deletion that was killed can be taken up again
                 remove(file)
@@ -610,54 +604,50 @@ def load_checkpoint(out: Path, model, optimizer, cfg: Config, rows: list[int]) -
     """With --resume: puts weights and optimiser back and returns step and seconds. The first rank reads checkpoint.pt
     and tells the others, which need not see its disk; of a folder each reads its own parts. ValueError if there is
     nothing to go on with, or something else."""
-    saved = {}
+    saved, done = {}, {}
     if cfg.resume and dist.get_rank() == 0:
         if (out / "summary.json").exists():
             raise ValueError(f"{out} holds a finished run: nothing to resume. Choose another --out, or --overwrite")
         files = [*out.glob("checkpoint.pt"), *out.glob("checkpoint-*/state.json")]
         for file in sorted(files, key=lambda file: file.stat().st_mtime)[-1:]:
-            saved = read_state(file, cfg, free=("out", "overwrite", "resume", "eval_data", "eval_every", "save_every",
-                                                "gradient_checkpointing", "shard", "on_bad_row")) | {"file": file}
+            saved = read_state(file, cfg, FREE)
             if (old := saved.get("rows")) != rows:
                 raise ValueError(f"{file} was trained on {old} rows, now there are {rows}; give the same --data")
-    done = from_first({"step": saved["step"], "seconds": saved.get("seconds"), "file": saved["file"]} if saved else {})
-    if done:
-        file = done.pop("file")
-        try:
-            if file.suffix == ".json":
-                reader = dist.checkpoint.HuggingFaceStorageReader(file.parent)
-                dist.checkpoint.load(tensors_of(model, optimizer), storage_reader=reader)
-            else:
-                names = {name for name, p in model.named_parameters() if p.requires_grad}
-                if saved and (other := names ^ set(saved["model"])):
-                    raise ValueError(f"missing or surplus {sorted(other)[:3]}")
-                dcp.set_model_state_dict(model, saved.get("model", {}), options=FROM_FIRST)
-                dcp.set_optimizer_state_dict(model, optimizer, saved.get("optimizer", {}), options=FROM_FIRST)
-        except (RuntimeError, LookupError, TypeError, ValueError, AttributeError, OSError,
-                dist.checkpoint.CheckpointException) as error:
-            raise ValueError(f"{file} does not fit this model: {' '.join(str(error).split())[-150:]}") from None
-        say(f"going on from step {done['step']}")
+            done = {"step": saved["step"], "seconds": saved.get("seconds"), "file": file}
+    done = from_first(done)
+    if not done:
+        return {}
+    file = done.pop("file")
+    try:
+        if file.suffix == ".json":
+            reader = dist.checkpoint.HuggingFaceStorageReader(file.parent)
+            dist.checkpoint.load(tensors_of(model, optimizer), storage_reader=reader)
+        else:
+            names = {name for name, p in model.named_parameters() if p.requires_grad}
+            if saved and (other := names ^ set(saved["model"])):
+                raise ValueError(f"missing or surplus {sorted(other)[:3]}")
+            dcp.set_model_state_dict(model, saved.get("model", {}), options=FROM_FIRST)
+            dcp.set_optimizer_state_dict(model, optimizer, saved.get("optimizer", {}), options=FROM_FIRST)
+    except (Exception, dist.checkpoint.CheckpointException) as error:
+        raise ValueError(f"{file} does not fit this model: {' '.join(str(error).split())[-150:]}") from None
+    say(f"going on from step {done['step']}")
     return done
 
 def read_state(file: Path, cfg, free=(), mmap=False) -> dict:
-    """A training state written by torch.save, or a JSON file's. ValueError if it cannot be read, or is of a run with
-    other settings."""
+    """What torch.save wrote of a run, or a JSON file's. ValueError if it cannot be read, or if a setting has changed
+    since that is not `free`: those do not shape a run."""
     try:
         of_json = file.suffix == ".json"
         saved = json.loads(file.read_text()) if of_json else torch.load(file, "cpu", weights_only=True, mmap=mmap)
         saved |= {"step": int(saved["step"]), "config": dict(saved["config"])}
     except Exception as error:  # torch raises what it likes on a damaged file
         raise ValueError(f"{file} cannot be read ({str(error)[:100]}); start anew with --overwrite") from None
-    check_settings(file, saved["config"], cfg, free)
-    return saved
-
-def check_settings(file: Path, old: dict, cfg, free=()) -> None:
-    """ValueError if a setting has changed since `file` was written that is not `free`: those do not shape a run."""
-    now = asdict(cfg)
+    old, now = saved["config"], asdict(cfg)
     changed = [f"{name} was {old[name]!r}, is {now.get(name)!r}" for name in old
                if name not in free and now.get(name) != old[name]]
     if changed:
         raise ValueError(f"{file} is another run's: {'; '.join(changed)[:200]}. Give the same flags, or another --out")
+    return saved
 
 # Scoring -------------------------------------------------------------------------------------------------------------
 @torch.no_grad()
@@ -705,23 +695,22 @@ def examine(model: RewardModel, held: list[Comparison], cfg: Config) -> float:
     return accuracy(some, scores)
 
 # Log and report ------------------------------------------------------------------------------------------------------
-class Log(contextlib.ExitStack):
-    """metrics.jsonl and the progress bar, on the first rank. Lines of steps after `step`, which will be made again, and
-    one that a kill cut short are dropped."""
+@contextlib.contextmanager
+def open_log(folder: Path, step: int, steps: int):
+    """Yields write(row): a line of metrics.jsonl, and the progress bar, on the first rank. Lines of steps after `step`,
+    which will be made again, and one that a kill cut short are dropped."""
+    first, path = dist.get_rank() == 0, folder / "metrics.jsonl"
+    if first:
+        write_text(path, "".join(json.dumps(row) + "\n" for row in read_log(path) if row["step"] <= step))
+    with (open(path if first else os.devnull, "a", encoding="utf-8", buffering=1) as file,
+          tqdm(total=steps, initial=step, disable=not first, dynamic_ncols=True) as bar):
+        def write(row: dict) -> None:
+            file.write(json.dumps(row) + "\n")
+            numbers = [f"{name} {value:.3g}" for name, value in row.items() if name != "step" and value is not None]
+            bar.set_postfix_str(" ".join(numbers), refresh=False)
+            bar.update()
 
-    def __init__(self, folder, step: int, steps: int):
-        super().__init__()
-        first, path = dist.get_rank() == 0, Path(folder) / "metrics.jsonl"
-        if first:
-            write_text(path, "".join(json.dumps(row) + "\n" for row in read_log(path) if row["step"] <= step))
-        self.file = self.enter_context(open(path if first else os.devnull, "a", encoding="utf-8", buffering=1))
-        self.bar = self.enter_context(tqdm(total=steps, initial=step, disable=not first, dynamic_ncols=True))
-
-    def write(self, row: dict) -> None:
-        self.file.write(json.dumps(row) + "\n")
-        numbers = [f"{name} {value:.3g}" for name, value in row.items() if name != "step" and value is not None]
-        self.bar.set_postfix_str(" ".join(numbers), refresh=False)
-        self.bar.update()
+        yield write
 
 def read_log(file: Path) -> list[dict]:
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
@@ -733,13 +722,13 @@ def report(out: Path, model: RewardModel, held: list[Comparison], begun: float, 
     log = from_first(read_log(out / "metrics.jsonl"))
     pairs = sum(row["pairs"] for row in log)
     losses = [row["loss"] for row in log if row["pairs"] and math.isfinite(row["loss"])][-50:]
-    texts = [row["text_loss"] for row in log if row.get("texts")][-50:]
+    texts = [row["text_loss"] for row in log if row["texts"]][-50:]
     dropped = {"bad row": sum(row["bad_rows"] for row in log),
                f"longer than {cfg.pack_tokens} tokens": sum(row["too_long"] for row in log)}
     if log and not pairs and not texts:
         raise ValueError(f"not one pair could be used, all were dropped: {dropped}")
-    some = held or [Comparison("?", ["a", "b"])] * (cfg.kind != "think")  # sharded, it can write nothing: make_model
     shuffled = shuffle_images(held, cfg.seed)
+    some = held or [Comparison("?", ["a", "b"])] * (cfg.kind != "think")  # sharded, it can write nothing: make_model
     scores = score_over_ranks(model.eval(), some, cfg.pack_tokens, cfg.on_bad_row, "held out")
     if not all(math.isfinite(sum(score.rewards)) for score in scores if isinstance(score, Score)):
         raise ValueError("the rewards are not finite, so no model is saved; start anew with a lower --lr")
@@ -759,14 +748,18 @@ def report(out: Path, model: RewardModel, held: list[Comparison], begun: float, 
     weights = merged(dcp.get_model_state_dict(model, options=FULL))
     if dist.get_rank() == 0:
         model.save_pretrained(out, weights)
-        draw_log(out, log)
+        loss = {"training loss": curve(log, "loss")} | ({"of texts": curve(log, "text_loss")} if texts else {})
+        right = {"training pairs": curve(log, "accuracy"), "held out": curve(log, "eval_accuracy")}
+        draw_curves(out / "curve.svg", str(out), [
+            ("loss", loss, {"log 2": LOG2}, None), ("accuracy", right, {"chance": 0.5}, 1),
+            ("margin", {"mean margin": curve(log, "margin")}, {}, None)])
         write_text(out / "summary.json", json.dumps(summary | {"config": asdict(cfg)}, indent=1) + "\n")
         for old in out.glob("checkpoint[.-]*"):
             remove(old)
     say("\n".join(f"  {name:<26}{value}" for name, value in summary.items()))
     if shuffled:
         say(f"with the images shuffled: {'one half for a model that looks' if drawn else 'what the texts alone tell'}")
-    say(f"the reward model, summary.json and curve.svg are in {out}. Next:\n  python evaluate.py --model {out}"
+    say(f"the reward model and summary.json are in {out}. Next:\n  python evaluate.py --model {out}"
         + (f"\n  python rl_demo.py --reward_model {out}" if drawn else " --data FOLDER"))
     if len(losses) < 50 or summary["final_loss"] < 0.98 * LOG2:
         return 0
@@ -774,68 +767,36 @@ def report(out: Path, model: RewardModel, held: list[Comparison], begun: float, 
         "are chosen and rejected swapped? Then at --lr", sys.stderr)
     return 1
 
-def draw_log(out: Path, log: list[dict]) -> None:
-    """The learning curve as out/curve.svg; training figures are means over a fiftieth of the run."""
-    log = [row for row in log if row["pairs"] or row.get("texts")]
+def curve(log: list[dict], name: str) -> list[tuple[int, float]]:
+    """(last step, mean) of every fiftieth of the steps in which a figure was known."""
+    log = [row for row in log if row.get(name) is not None]
     width = max(len(log) // 50, 1)
     parts = [log[i:i + width] for i in range(0, len(log), width)]
-    loss, right, margin, text_loss = (
-        [(part[-1]["step"], fmean(known)) for part in parts
-         if (known := [row[name] for row in part if row.get(name) is not None])]
-        for name in ("loss", "accuracy", "margin", "text_loss"))
-    held = [(row["step"], row["eval_accuracy"]) for row in log if "eval_accuracy" in row]
-    draw_curves(out / "curve.svg", str(out), [
-        ("loss", {"training loss": loss} | ({"of texts": text_loss} if text_loss else {}), {"log 2": LOG2}, 0, None),
-        ("accuracy", {"training pairs": right, "held out": held}, {"chance": 0.5}, 0, 1),
-        ("margin", {"mean margin": margin}, {}, 0, None)])
+    return [(part[-1]["step"], fmean(row[name] for row in part)) for part in parts]
 
-def ticks(low: float, high: float) -> list[float]:
-    """Round numbers from at or below `low` to at or above `high`, at steps of 1, 2 or 5 times a power of ten.
-
-    >>> ticks(0, 0.72), ticks(-3, 941)
-    ([0.0, 0.2, 0.4, 0.6, 0.8], [-200.0, 0.0, 200.0, 400.0, 600.0, 800.0, 1000.0])
-    """
-    high = high if high - low > 1e-9 else low + 1  # where all values are equal
-    power = 10.0 ** math.floor(math.log10((high - low) / 5))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= 0.99 * (high - low) / 5)
-    return [round(i * step, 12) for i in range(math.floor(low / step), math.ceil(high / step) + 1)]
-
-def draw_curves(file, title: str, panels: list) -> None:
-    """An SVG picture with a panel for each of `panels`: (heading, {name: [(x, y), ...]}, {name: y of a dashed line}),
-    and where wanted two more: from where to where the y axis goes at least, None to leave that to the values."""
-    size = f'viewBox="0 0 {440 * len(panels) + 60} 330" width="{440 * len(panels) + 60}" height="330"'
-    out = [f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="12">'
-           f'<rect width="100%" height="100%" fill="#fff"/><text x="60" y="24" font-size="15">{escape(title)}</text>']
-    for p, (heading, series, dashed, *ends) in enumerate(panels):
-        curves = {name: [(x, y) for x, y in points if math.isfinite(y)] for name, points in series.items()}
-        known = [point for points in curves.values() for point in points] or [(1, 1)]
-        ys = [y for _, y in known] + [*dashed.values()] + [end for end in ends if end is not None]
-        xs, ys = ticks(0, max(x for x, _ in known)), ticks(min(ys), max(ys))
-
-        def place(x, y):  # axes of 380 x 220 pixels
-            return 60 + 440 * p + 380 * x / xs[-1], 280 - 220 * (y - ys[0]) / (ys[-1] - ys[0])
-
-        def text(x, y, words, style=""):
-            x, y = place(x, y)
-            out.append(f'<text x="{x:.1f}" y="{y:.1f}" {style}>{escape(words)}</text>')
-
-        def line(points, style):
-            points = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y in points)
-            out.append(f'<polyline points="{points}" fill="none" {style}/>')
-
-        text(0, ys[-1], heading, 'dy="-10"')
-        for x in xs:
-            text(x, ys[0], f"{x:g}", 'dy="16" text-anchor="middle"')
-        for y in ys:
-            line([(0, y), (xs[-1], y)], 'stroke="#ddd"')
-            text(0, y, f"{y:g}", 'dx="-6" dy="4" text-anchor="end"')
-        for name, y in dashed.items():
-            line([(0, y), (xs[-1], y)], 'stroke="#999" stroke-dasharray="4 3"')
-            text(xs[-1], y, name, 'dy="-4" text-anchor="end" fill="#777"')
-        for c, (name, points) in enumerate(curves.items()):
-            line(points, f'stroke="{COLOURS[c % 6]}" stroke-width="1.5"')
-            text(0, ys[0], name, f'dx="{c % 3 * 120}" dy="{c // 3 * 14 + 34}" fill="{COLOURS[c % 6]}"')
-    write_text(file, "\n".join(out) + "\n</svg>\n")
+def draw_curves(file: Path, title: str, panels: list) -> str:
+    """Writes and returns an SVG picture, or says how to get one. A panel: (heading, {name: [(x, y), ...]}, {name: y of
+    a dashed line}, where the y axis ends or None); it begins at zero, unless a curve goes below."""
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError:
+        say(f"no {file.name}: pip install matplotlib draws it")
+        return ""
+    with matplotlib.rc_context({"svg.fonttype": "none", "text.parse_math": False}):  # a $ in a name is a $
+        figure = Figure(figsize=(4.5 * len(panels), 3.5), layout="constrained")
+        figure.suptitle(title)
+        for axes, (heading, curves, dashed, top) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+            axes.set_title(heading)
+            for name, points in curves.items():
+                axes.plot([x for x, _ in points], [y for _, y in points], label=name)
+            for name, y in dashed.items():
+                axes.axhline(y, color="grey", linestyle="--", label=name)
+            axes.set_ylim(min(axes.get_ylim()[0], 0), top)
+            axes.legend()
+        figure.savefig(picture := io.StringIO(), format="svg")
+    write_text(file, picture.getvalue())
+    return picture.getvalue()
 
 # The command line ----------------------------------------------------------------------------------------------------
 def command_line(main, Config, script: str) -> None:

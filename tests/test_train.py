@@ -626,17 +626,24 @@ def test_a_run_does_not_go_on_with_other_rows_than_it_began_with(cfg, tmp_path, 
         main(replace(first, resume=True, eval_data=first.data))
 
 
-def test_the_curve_has_round_numbers_and_survives_any_name(tmp_path):
-    """And axes of some height where all values are equal, as at a first step; and a page can scale it."""
+def test_the_curve_begins_at_zero_and_survives_any_name(tmp_path):
+    """And a value that is not finite, a panel without any, and values below zero."""
+    pytest.importorskip("matplotlib")
     file = tmp_path / "curve.svg"
     losses = [(step, 0.7 / step) for step in range(1, 942)] + [(950, math.nan)]
-    train.draw_curves(file, "runs/a<b>&c", [
-        ("loss & co", {"<train>": losses}, {"log 2": 0.69}, 0, None), ("accuracy", {"none": []}, {}, 0, 1),
-        ("flat", {"one": [(1, 0.0), (2, 0.0)]}, {}, 0, None), ("nearly", {"one": [(1, 3e-15)]}, {}, 0, None)])
-    picture = ElementTree.parse(file).getroot()
-    assert picture.get("viewBox") == f"0 0 {picture.get('width')} {picture.get('height')}"
-    texts = [text.text for text in picture.iter("{http://www.w3.org/2000/svg}text")]
-    assert {"runs/a<b>&c", "loss & co", "<train>", "0", "0.2", "0.8", "200", "1000", "1"} <= set(texts)
+    picture = train.draw_curves(file, "runs/a<b>&$c$", [
+        ("loss & co", {"<train>": losses}, {"log 2": 0.69}, None), ("accuracy", {"none": []}, {}, 1),
+        ("near", {"one": [(1, 7000.0), (2, 9000.0)]}, {}, None), ("below", {"one": [(1, -30.0), (2, 50.0)]}, {}, None)])
+    assert picture == file.read_text()
+    texts = {text.text for text in ElementTree.parse(file).getroot().iter("{http://www.w3.org/2000/svg}text")}
+    assert {"runs/a<b>&$c$", "loss & co", "<train>", "log 2", "0.0", "1.0", "0", "8000", "\u221220"} <= texts
+
+
+def test_a_run_without_matplotlib_ends_well_and_says_what_draws_the_curve(cfg, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
+    assert main(replace(cfg, max_steps=1)) == 0
+    assert "no curve.svg: pip install matplotlib draws it\n" in capsys.readouterr().out
+    assert not os.path.exists(f"{cfg.out}/curve.svg") and summary_of(cfg.out)["steps"] == 1
 
 
 # Data as users bring it -----------------------------------------------------------------------------------------------

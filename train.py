@@ -792,7 +792,8 @@ def draw_curves(file: Path, title: str, panels: list) -> str:
                 axes.plot([x for x, _ in points], [y for _, y in points], label=name)
             for name, y in dashed.items():
                 axes.axhline(y, color="grey", linestyle="--", label=name)
-            axes.set_ylim(min(axes.get_ylim()[0], 0), top)
+            axes.set_xlim(left=0)
+            axes.set_ylim(min(axes.dataLim.y0, 0), top)
             axes.legend()
         figure.savefig(picture := io.StringIO(), format="svg")
     write_text(file, picture.getvalue())

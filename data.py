@@ -57,7 +57,7 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
 from model import (MARK, Comparison, Encoded, Processor, check_text, encode, frames_of, is_video, judge_pair,
-                   open_frames, open_image, replacing, text_of_part, to_messages)
+                   one_line, open_frames, open_image, printable, replacing, text_of_part, to_messages)
 
 # A row ---------------------------------------------------------------------------------------------------------------
 def parse_row(row, folder: Path, needs_responses: bool = True) -> Comparison:
@@ -162,8 +162,8 @@ def synthetic_comparison(seed: int, i: int, held_out: bool) -> Comparison:
                       category=category, answer=right, critiques=critiques)
 
 # A published set -----------------------------------------------------------------------------------------------------
-# A function takes a row as it was published and returns {"prompt", "responses", "pairs", "images"}; for RL {"prompt",
-# "images", "answer"}. A ValueError drops the row, and is counted under what stands before its first colon.
+# A function takes a row as it was published and returns one of the layouts above; for RL {"prompt", "images", "answer"}.
+# A ValueError drops the row, and is counted under what stands before its first colon.
 # A set of your own takes such a function, and a line in SETS. For K ranked responses there is `ranked`, below.
 
 def rlaif_v(row: dict) -> dict:
@@ -180,12 +180,12 @@ def need(row: dict, *names: str) -> list:
         found = [row[key] for key in name.split("|") if key in row]
         if not found:
             raise ValueError(f"no field {name.replace('|', ' or ')}: found {sorted(row)}; is this another set's file?")
-        values.append(next((value for value in found if value not in (None, "", [])), found[0]))
+        values.append(next(filter(None, found), found[0]))
     return values
 
 def pair(prompt, chosen, rejected, images=()) -> dict:
     """images: one, or a list of them, here and below."""
-    return {"prompt": prompt, "responses": [chosen, rejected], "pairs": [(0, 1)], "images": images}
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "images": images}
 
 # ======================================================================================================================
 # First reading ends here. Below: what a real run needs.
@@ -299,15 +299,6 @@ def line_of(comparison: Comparison) -> str:
     return json.dumps({key: value for key, value in vars(comparison).items() if value}, ensure_ascii=False) + "\n"
 
 # What is wrong with a row --------------------------------------------------------------------------------------------
-def printable(text: str) -> str:
-    """With control characters written out: a text from elsewhere may hold commands to the terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
-
-def one_line(text) -> str:
-    """A text on one line of 300 characters at most, cut in the middle: place and remedy stand at its ends."""
-    text = printable(" ".join(str(text).split()))
-    return text if len(text) <= 300 else f"{text[:215]} ... {text[-80:]}"
-
 def from_json(row):
     """A row decoded, if it is JSON still (bytes or text)."""
     try:
@@ -584,9 +575,7 @@ def message_lists(row: dict) -> dict:
     wildchat-uf   allenai/tulu-3-wildchat-ultrafeedback, ODC-BY. Trap: no `train`; all but wildchat_unused (56,034)
     skywork       Skywork/Skywork-Reward-Preference-80K-v0.2, about 77k, licence not stated"""
     chosen, rejected = need(row, "chosen", "rejected")
-    prompt = row.get("prompt") if len(chosen) == 1 else None
-    prompt, responses = from_trl({"prompt": prompt, "chosen": chosen, "rejected": rejected})
-    return pair(prompt, *responses)
+    return pair(row.get("prompt") if len(chosen) == 1 else None, chosen, rejected)
 
 def swe_arena(row: dict) -> dict:
     """bigcode/swe-arena-preference-5k (now bigcodearena-preference-5k), 4.7k votes, bigcode-openrail-m.
@@ -597,11 +586,12 @@ def swe_arena(row: dict) -> dict:
         raise ValueError(f"tie or no vote: vote_type is {vote!r}")
     for state in need(states, "model_A", "model_B"):
         (turns,) = need(state, "messages")
-        roles = ["user" if role.lower() == "user" else "assistant" for role, _ in turns]
-        sides.append([{"role": role, "content": text} for role, (_, text) in zip(roles, turns)])
+        sides.append([{"role": "user" if role.lower() == "user" else "assistant", "content": text}
+                      for role, text in turns])
     chosen, rejected = sides if vote in ("vote_left", "vote_model_A") else sides[::-1]
-    prompt = chosen[:-1] if chosen[:-1] == rejected[:-1] else instruction
-    return pair(prompt, text_of(chosen[-1]), text_of(rejected[-1]))
+    if chosen[:-1] == rejected[:-1]:
+        return pair(None, chosen, rejected)
+    return pair(instruction, chosen[-1:], rejected[-1:])
 
 def vlfeedback(row: dict) -> dict:
     """MMInstruction/VLFeedback, 80,258 prompts with 4 responses, CC BY 4.0: untied pairs by the mean of the ratings.
@@ -784,7 +774,7 @@ def find(folder: Path, path) -> Path | None:
     """folder/path, or where its archive has put it: short/, images/ or (of a checkout) data/ before short/1.png."""
     inside(folder, path)  # or ValueError
     places = [folder / parent / path for parent in ("", path.split("/")[0], "images", "data")]
-    return next((place for place in places if place.exists()), None)
+    return next(filter(os.path.exists, places), None)
 
 def mmpr_parts(meta: Path):
     """(annotation file, image folder) of each part of MMPR, whose paths begin with MMPR-v1.2/."""
@@ -824,21 +814,16 @@ def load_image(source, folder: Path) -> tuple[str, dict[str, bytes], Image.Image
     source = (source.get("bytes") or source.get("path")) if isinstance(source, dict) else source
     if isinstance(source, str) and source.startswith(BASE64):
         source = base64.b64decode(source.partition(",")[2] if source.startswith("data:") else source)
+    if not isinstance(source, bytes) and not (source := find(folder, path := source)):
+        raise ValueError(f"missing image: {path} is not in {folder}")
     try:
-        if not isinstance(source, bytes):
-            if not (found := find(folder, source)):
-                raise OSError(f"{source} is not in {folder}")
-            source = found
-        try:
-            frames = frames_of(source) if is_video(source) else [source]
-            decoded = open_frames(source) if is_video(source) else [open_image(source)]
-            if len({image.size for image in decoded}) > 1:
-                raise ValueError(f"the frames of {source} have different sizes")
-        except ValueError as error:
-            raise ValueError(f"broken image: {error}") from None
+        frames = frames_of(source) if is_video(source) else [source]
+        decoded = open_frames(source) if is_video(source) else [open_image(source)]
+        if len({image.size for image in decoded}) > 1:
+            raise ValueError(f"the frames of {source} have different sizes")
         encoded = [frame if isinstance(frame, bytes) else Path(frame).read_bytes() for frame in frames]
-    except OSError as error:  # also a name that is too long, or a file that may not be read
-        raise ValueError(f"missing image: {error}") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"broken image: {error}") from None
     name = hashlib.blake2b(b"".join(encoded), digest_size=16).hexdigest()
     name = f"images/{name[:2]}/{name}"  # 256 sub-folders: no folder holds a million files
     endings = [ENDINGS.get(data[:2], "") for data in encoded]
@@ -866,30 +851,31 @@ def plain(text: str) -> str:
 def text_of_prompt(c: Comparison) -> str:
     return "\n".join(message["content"] for message in to_messages(c.prompt, c.images))
 
-def pair_digests(c: Comparison, prompt: str) -> set[int]:
-    """One number for the two responses of each pair, in no order."""
-    texts = [sorted((plain(c.responses[w]), plain(c.responses[l]))) for w, l in c.pairs]
-    return {digest(*two, prompt if sum(map(len, two)) < SHORT else "") for two in texts}
+def traces(c: Comparison, images):
+    """(hash, image) of what tells where a row comes from: (the two responses of a pair in no order, None), and (the
+    prompt, each image)."""
+    prompt = plain(text_of_prompt(c))
+    for winner, loser in c.pairs:
+        two = sorted((plain(c.responses[winner]), plain(c.responses[loser])))
+        yield digest(*two, prompt if sum(map(len, two)) < SHORT else ""), None
+    yield from ((digest(prompt), image) for image in images)
 
 def read_benchmarks(folders) -> dict[int, list]:
-    """What `known_to` looks up: {hash of a pair or of a prompt: [(thumbprint of its image or None, place)]}."""
+    """What `known_to` looks up: {hash: [(thumbprint of the image or None, place)]}."""
     known = {}
     for folder in folders:
         rows = read_comparisons(folder, needs_responses=False)
         for i, c in enumerate(rows):
-            prompt = plain(text_of_prompt(c))
-            for key in pair_digests(c, prompt):
-                known.setdefault(key, []).append((None, rows.place(i)))
-            for image in c.images:
-                first = open_frames(image)[0] if is_video(image) else open_image(image)
-                known.setdefault(digest(prompt), []).append((thumbprint(first), rows.place(i)))
+            images = [open_frames(image)[0] if is_video(image) else open_image(image) for image in c.images]
+            for key, image in traces(c, images):
+                known.setdefault(key, []).append((image and thumbprint(image), rows.place(i)))
     return known
 
-def known_to(benchmarks: dict[int, list], c: Comparison, prompt: str, images) -> str:
+def known_to(benchmarks: dict[int, list], c: Comparison, images) -> str:
     """The place of a benchmark's row with the same two responses, or with the same prompt and picture; or ""."""
-    for key in [*pair_digests(c, prompt), digest(prompt)] if benchmarks else ():
+    for key, image in traces(c, images) if benchmarks else ():
         for mark, place in benchmarks.get(key, ()):
-            if mark is None or any((thumbprint(image) ^ mark).bit_count() <= CLOSE for image in images):
+            if image is None or (thumbprint(image) ^ mark).bit_count() <= CLOSE:
                 return place
     return ""
 
@@ -927,7 +913,7 @@ def curate(item, name: str, cfg: "Config", out: Path, benchmarks) -> tuple:
     if length + longest > cfg.max_tokens and not is_benchmark:
         raise ValueError(f"over-long: {length} tokens of prompt, {longest} of response; --max_tokens {cfg.max_tokens}")
     loaded = [load_image(image, folder) for image in images]
-    known = known_to(benchmarks, c, plain(prompt), [first for _, _, first in loaded])
+    known = known_to(benchmarks, c, [first for _, _, first in loaded])
     for _, files, _ in loaded if not known else []:
         for path, data in files.items():
             if not (out / path).exists():  # the name is the content: two threads that write it write the same
@@ -949,16 +935,12 @@ def convert(name: str, cfg: "Config") -> dict:
             raise BadRow(f"--out {cfg.out} lies inside --source {source} and would be read as part of it")
     benchmarks, is_benchmark = read_benchmarks(cfg.decontaminate), name in BENCHMARKS
     counts, dropped, first_dropped, verdicts = Counter(), Counter(), {}, {}  # verdicts: {hash of a row: its verdict}
-    responses, prompt_tokens, response_tokens = Counter(), Counter(), Counter()  # {number: how often}
-
-    def drop(reason: str, example: str):
-        dropped[printable(reason)] += 1
-        first_dropped.setdefault(printable(reason), one_line(example))
-
+    sizes = array("i")  # of each row that stays: tokens of the prompt and of the longest response, number of responses
     with new_folder(cfg.out) as out, contextlib.ExitStack() as stack:
-        write = functools.partial(open, mode="w", encoding="utf-8", errors="backslashreplace")  # as JSON: \ud83d
-        files = {file: stack.enter_context(write(out / f"{file}.jsonl"))
-                 for file in ("comparisons", "held_out", "contaminated")}
+        @functools.cache
+        def file(kind: str):  # opened for its first row; half a character is written as in JSON: \ud83d
+            return stack.enter_context(open(out / f"{kind}.jsonl", "w", encoding="utf-8", errors="backslashreplace"))
+
         items = itertools.chain.from_iterable(read_source(name, source) for source in cfg.source)
         work = functools.partial(curate, name=name, cfg=cfg, out=out, benchmarks=benchmarks)
         workers = cfg.workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
@@ -967,54 +949,49 @@ def convert(name: str, cfg: "Config") -> dict:
             counts["rows_in"] += 1
             try:
                 c, prompt, length, longest, known = done.result()
+                line = line_of(c)
+                if known:
+                    file("contaminated").write(f'{{"benchmark": {json.dumps(known)}, "row": {line.rstrip()}}}\n')
+                    raise ValueError(f"known to a benchmark: {known}")
+                texts = sorted((c.responses[w], c.responses[l]) for w, l in c.pairs)
+                prompt, verdict = digest(plain(prompt), c.images), digest(texts, c.answer) % 256  # a byte is no object
+                same = digest(prompt, sorted(c.responses))
+                if same in verdicts and not is_benchmark:
+                    agrees = verdicts[same] == verdict
+                    raise ValueError("duplicate of an earlier row" if agrees else "contradicts an earlier row")
             except (ValueError, RecursionError) as error:
                 if is_benchmark and cfg.on_bad_row == "stop":
                     raise BadRow(f"{place}: {error}; --on_bad_row skip would leave it out and count it") from None
-                drop(re.sub(r"\d+", "N", re.split("[:;]", str(error), maxsplit=1)[0])[:100], f"{place}: {error}")
+                reason = re.sub(r"\d+", "N", re.split("[:;]", one_line(error), maxsplit=1)[0])[:100]
+                dropped[reason] += 1
+                first_dropped.setdefault(reason, one_line(f"{place}: {error}"))
                 known = any(reason.startswith(("missing image", "known to a benchmark")) for reason in dropped)
                 if counts["rows_in"] >= 1000 and not verdicts and not known:
                     break  # this is another set
                 continue
-            line = line_of(c)
-            if known:
-                drop("known to a benchmark", f"{place}: {known}")
-                files["contaminated"].write(f'{{"benchmark": {json.dumps(known)}, "row": {line.rstrip()}}}\n')
-                continue
-            texts = sorted((c.responses[w], c.responses[l]) for w, l in c.pairs)
-            prompt, verdict = digest(plain(prompt), c.images), digest(texts, c.answer) % 256  # a byte takes no memory
-            same = digest(prompt, sorted(c.responses))
-            if same in verdicts and not is_benchmark:
-                agrees = verdicts[same] == verdict
-                drop("duplicate of an earlier row" if agrees else "contradicts an earlier row", place)
-                continue
             verdicts[same] = verdict
-            file = "held_out" if prompt < cfg.hold_out * 2**64 else "comparisons"
-            files[file].write(line)
-            counts[file] += 1
-            if file == "comparisons":
+            kind = "held_out" if prompt < cfg.hold_out * 2**64 else "comparisons"
+            file(kind).write(line)
+            counts[kind] += 1
+            if kind == "comparisons":
                 longer, shorter = sum(len(w) > len(l) for w, l in texts), sum(len(w) < len(l) for w, l in texts)
                 counts.update(pairs=len(c.pairs), longer=longer, shorter=shorter, with_images=bool(c.images),
                               prior_sets=is_benchmark and c.category in PRIOR_SETS)
-                responses[len(c.responses)] += 1
-                prompt_tokens[length] += 1
-                response_tokens[longest] += 1
+                sizes.extend((length, longest, len(c.responses)))
         stack.close()
         n = counts["comparisons"]
         if not n:
             source, (reason, times) = " ".join(cfg.source), (dropped.most_common(1) or [("no row", 0)])[0]
             raise BadRow(f"{source}: of the first {counts['rows_in']} rows none is left as a row of {name}; "
                          f"{counts['held_out']} held out; {times} times: {first_dropped.get(reason, 'holds no row')}")
-        for file in ("held_out", "contaminated"):
-            if not (out / f"{file}.jsonl").stat().st_size:
-                (out / f"{file}.jsonl").unlink()
-        spreads = {}
-        for figure, numbers in (("prompt_tokens", prompt_tokens), ("response_tokens", response_tokens)):
-            values = sorted(numbers.elements())
-            spreads[figure] = {"median": values[n // 2], "p99": values[n * 99 // 100], "most": values[-1]}
+        sizes = np.reshape(sizes, (n, 3))
+        spreads = np.quantile(sizes[:, :2], (0.5, 0.99, 1), axis=0, method="higher").T.tolist()
+        prompt_tokens, response_tokens = (dict(zip(("median", "p99", "most"), spread)) for spread in spreads)
         report = {
             "set": name, "source": cfg.source, "rows_in": counts["rows_in"], "comparisons": n, "pairs": counts["pairs"],
-            "with_images": round(counts["with_images"] / n, 4), **spreads,  # tokens are estimated: 4 bytes are one
-            "responses_per_comparison": {str(k): times for k, times in sorted(responses.items())},
+            "with_images": round(counts["with_images"] / n, 4),
+            "prompt_tokens": prompt_tokens, "response_tokens": response_tokens,  # estimated: 4 bytes are one
+            "responses_per_comparison": {str(k): times for k, times in sorted(Counter(sizes[:, 2].tolist()).items())},
             "longer_response_wins": round(counts["longer"] / max(counts["longer"] + counts["shorter"], 1), 4),
             "held_out": counts["held_out"], "dropped": dict(dropped.most_common()), "first_dropped": first_dropped}
         if is_benchmark:
@@ -1057,20 +1034,19 @@ def show(path: str, n: int) -> None:
     rows = read_comparisons(path, needs_responses=False)
     print(f"{rows.file}: {len(rows)} comparisons, {sum(rows.pairs)} pairs")
     for i in range(min(n, len(rows))):
-        c = rows[i]
-        if not c.pairs and not c.answer:
-            raise BadRow(f"{rows.place(i)}: neither pairs nor an answer: nothing to learn from")
-        lines = [f"\n--- row {i + 1} {c.category} {c.id}", text_of_prompt(c)]
-        try:
-            for image in c.images:
-                frames = open_frames(image) if is_video(image) else [open_image(image)]
-                lines.append(f"  image   {image}, {frames[0].width} x {frames[0].height}, frames: {len(frames)}")
-        except ValueError as error:
-            raise BadRow(f"{rows.place(i)}: {error}") from None
-        for j, response in enumerate(c.responses):
-            beats = ", ".join(str(loser) for winner, loser in c.pairs if winner == j)
-            lines.append(f"  {j}{beats and ' beats ' + beats}: {response[:300]}")
-        print(printable("\n".join(lines)))
+        print(printable(f"\n--- row {i + 1} {use_row(rows, i, described)}"))
+
+def described(c: Comparison) -> str:
+    if not c.pairs and not c.answer:
+        raise ValueError("neither pairs nor an answer: nothing to learn from")
+    lines = [f"{c.category} {c.id}", text_of_prompt(c)]
+    for image in c.images:
+        frames = open_frames(image) if is_video(image) else [open_image(image)]
+        lines.append(f"  image   {image}, {frames[0].width} x {frames[0].height}, frames: {len(frames)}")
+    for j, response in enumerate(c.responses):
+        beats = ", ".join(str(loser) for winner, loser in c.pairs if winner == j)
+        lines.append(f"  {j}{beats and ' beats ' + beats}: {response[:300]}")
+    return "\n".join(lines)
 
 def main(argv: list[str]) -> None:
     names = ("show", "synthetic", "judge", *SETS)

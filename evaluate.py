@@ -33,9 +33,9 @@ import transformers
 from torch import distributed as dist
 from transformers.hf_argparser import HfArg
 
-from data import (BENCHMARKS, BadRow, one_line, place, printable, read_comparisons, remove_images, shuffle_images,
-                  synthetic, write_comparisons)
-from model import RewardModel, Score, is_video, margins_of, open_frames, open_image, to_messages
+from data import (BENCHMARKS, BadRow, place, read_comparisons, remove_images, shuffle_images, synthetic,
+                  write_comparisons)
+from model import RewardModel, Score, is_video, margins_of, one_line, open_frames, open_image, printable, to_messages
 from train import check_numbers, command_line, say, score_over_ranks, start_processes, write_text
 
 ALL = "accuracy"  # the group of every pair

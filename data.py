@@ -23,9 +23,6 @@ rows as they are read, the last two in TRL's layout:
 `pairs` holds (winner, loser) indices into `responses`. Optional keys: id, source, category, answer (a checkable answer,
 for RL) and critiques (one text per response). Paths are relative to the file and may not leave its folder; an entry of
 `images` that is a folder of frames is a video. A prompt without an <image> mark has its images in front.
-
-Where this differs from the paper: it does not speak of curation, and counts pairs. A ranked set is here one comparison
-a prompt, with K responses and every untied pair.
 """
 import argparse
 import base64
@@ -323,18 +320,19 @@ def fields_of(row, needs_responses: bool) -> tuple:
 
 def from_trl(row: dict) -> tuple[object, list[str]]:
     """Prompt and responses of a TRL row: texts or messages, with the prompt apart or at the head of both."""
-    prompt, chosen, rejected = row.get("prompt"), row.get("chosen"), row.get("rejected")
-    if isinstance(chosen, str) and isinstance(rejected, str):
-        return prompt, [chosen, rejected]
-    if not (chosen and rejected and isinstance(chosen, list) and isinstance(rejected, list)):
+    prompt, both = row.get("prompt"), [row.get("chosen"), row.get("rejected")]
+    if all(isinstance(said, str) for said in both):
+        return prompt, both
+    if not all(said and isinstance(said, list) for said in both):
         raise ValueError(f"chosen and rejected must both be texts or both be lists of messages; found {sorted(row)}")
-    responses, head = [text_of(chosen[-1]), text_of(rejected[-1])], chosen[:-1]
-    if rejected[:-1] != head:
+    (*head, chosen), (*other_head, rejected) = both
+    responses = [text_of(chosen), text_of(rejected)]
+    if head != other_head:
         raise ValueError("chosen and rejected part before their last message, so there is no common prompt")
-    if not head or not prompt:
-        return head or prompt, responses
-    prompt = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-    return head if prompt[-1] in head else prompt + head, responses  # what the conversations hold is said already
+    if head and prompt:
+        prompt = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+        head = head if prompt[-1] in head else prompt + head  # what the conversations hold is said already
+    return head or prompt, responses
 
 def text_of(message) -> str:
     """The text of a response that is a message; check_responses sees whether it is one."""
@@ -356,10 +354,11 @@ def inside(folder: Path, path) -> str:
 
 def optional_keys(row: dict, responses) -> dict:
     """Those that a row has of id, source, category, answer and critiques."""
-    found = {key: row[key] for key in ("id", "source", "category", "answer") if row.get(key) is not None}
-    for key, value in found.items():
-        found[key] = str(value) if isinstance(value, (int, float)) else value
-        check_text(found[key], key)
+    found = {}
+    for key in ("id", "source", "category", "answer"):
+        if (value := row.get(key)) is not None:
+            found[key] = str(value) if isinstance(value, (int, float)) else value
+            check_text(found[key], key)
     if critiques := row.get("critiques"):
         if not isinstance(critiques, list) or len(critiques) != len(responses):
             raise ValueError(f"critiques must be a list of {len(responses)} texts, one for each response")
@@ -378,16 +377,13 @@ def check_responses(responses, pairs, needs_pairs: bool, is_benchmark: bool) -> 
         check_text(response, f"response {i}")
         if not response.strip() and not is_benchmark:
             raise ValueError(f"response {i} is empty")
-    if not needs_pairs and not pairs:
-        return
-    if not isinstance(pairs, list) or not pairs:
+    if not isinstance(pairs, list) or needs_pairs and not pairs:
         raise ValueError("no pairs; want a list like [[0, 1]]: response 0 was preferred to response 1")
     beaten_by = {i: set() for i in range(len(responses))}
     for pair in pairs:
-        numbers = pair if isinstance(pair, (list, tuple)) and len(pair) == 2 else (None, None)
-        if any(type(i) is not int or not 0 <= i < len(responses) for i in numbers):
+        winner, loser = pair if isinstance(pair, (list, tuple)) and len(pair) == 2 else (None, None)
+        if any(type(i) is not int or i not in beaten_by for i in (winner, loser)):
             raise ValueError(f"pair {str(pair)[:80]} is out of range: want two whole numbers below {len(responses)}")
-        winner, loser = numbers
         if responses[winner] == responses[loser] and not is_benchmark:
             raise ValueError(f"pair {[*pair]} has two identical responses: {responses[winner][:40]!r}")
         if winner in beaten_by[loser]:
@@ -472,8 +468,7 @@ def mmpr(row: dict) -> dict:
     """OpenGVLab/MMPR-v1.2, about 3M pairs (paper: 2M), MIT. Source: the folder of meta.json, unpacked. Its repeat_time
     is not obeyed: give train.py a weight. Rows without an image are text-only.
     Trap: a rejected response may be the chosen one, cut in half and continued without the image."""
-    question, chosen, rejected = need(row, "question", "chosen", "rejected")
-    return pair(question, chosen, rejected, row.get("image") or row.get("video") or [])
+    return pair(*need(row, "question", "chosen", "rejected"), row.get("image") or row.get("video") or [])
 
 def mm_rlhf(row: dict) -> dict:
     """yifanzhang114/MM-RLHF, MIT: data.jsonl (16,342 ranked prompts) or dpo_pairs.jsonl (62,545 pairs); unpack its five
@@ -894,10 +889,8 @@ def curate(item, name: str, cfg: "Config", out: Path, benchmarks) -> tuple:
     Returns the comparison, its prompt's text, tokens of prompt and longest response, and where a benchmark has it."""
     place, row, part, folder = item
     row, is_benchmark = from_json(row), name in BENCHMARKS
-    if not isinstance(row, dict):
-        raise ValueError(f"found {type(row).__name__}, want a JSON object")
-    row = {key: value for key, value in row.items() if value is not None}  # in parquet what is absent is null
     try:
+        row = {key: value for key, value in row.items() if value is not None}  # in parquet what is absent is null
         made = SETS[name].read(row | {"part": part} if is_benchmark else row)
     except (TypeError, KeyError, IndexError, AttributeError) as error:
         raise ValueError(f"unexpected layout: {type(error).__name__}: {error}") from None

@@ -18,7 +18,7 @@ import evaluate
 import train
 from conftest import ROOT, TORCHRUN, command
 from data import BENCHMARKS, BadRow, synthetic, write_comparisons
-from evaluate import (ALL, METRICS, NOTES, PUBLISHED, SECTIONS, Config, averages, controls, figures, leave, length_correlation, main,
+from evaluate import (ALL, METRICS, NOTES, PUBLISHED, SECTIONS, Config, averages, controls, figures, leave, main,
                       markdown, metrics, page, summarise, tables, weigh)
 from model import Comparison, RewardModel, Score
 
@@ -227,19 +227,14 @@ def test_few_prompts_are_drawn_more_often():
 
 
 def test_length_bias_tells_words_from_worth():
-    """Rewards equal to the logarithm of length: correlation 1, and the longer response always wins. People chose it in 1 of 2 pairs.
+    """Rewards equal to the logarithm of length: the longer response always wins. People chose it in 1 of 2 pairs.
 
-    Of the three pairs one is length-matched (10 and 10 characters), and its rewards tie: 0 right of 1. What a prompt adds to all its
-    rewards (here 100 times its number) says nothing.
+    Of the three pairs one is length-matched (10 and 10 characters), and its rewards tie: 0 right of 1.
     """
     rows = [{"category": "", "prompt": i, "pairs": [[0, 1]], "characters": length,
-             "rewards": (torch.tensor(length).double().log1p() + 100 * i).tolist()}
-            for i, length in enumerate(([10, 20], [30, 5], [10, 10]))]
+             "rewards": list(map(math.log, length))} for i, length in enumerate(([10, 20], [30, 5], [10, 10]))]
     found = {name: f["value"] for name, f in figures(controls(rows)).items() if "sigmoid" not in name}
     assert found == {"length-matched pairs": 0, "the label prefers the longer": 50, "the model prefers the longer": 100}
-    assert length_correlation(rows)["correlation of reward and length"]["value"] == pytest.approx(1)
-    assert length_correlation(rows)["correlation of reward and length"]["n"] == 6  # responses
-    assert length_correlation([row | {"rewards": [1.0, 1.0]} for row in rows]) == {}  # 0/0
 
 
 def test_a_tie_is_no_choice_of_the_longer():

@@ -159,7 +159,7 @@ def synthetic_comparison(seed: int, i: int, held_out: bool) -> Comparison:
                       category=category, answer=right, critiques=critiques)
 
 # A published set -----------------------------------------------------------------------------------------------------
-# A function takes a row as it was published and returns one of the layouts above; for RL {"prompt", "images", "answer"}.
+# A function takes a row as it was published and returns one as at the top; for RL {"prompt", "images", "answer"}.
 # A ValueError drops the row, and is counted under what stands before its first colon.
 # A set of your own takes such a function, and a line in SETS. For K ranked responses there is `ranked`, below.
 
@@ -242,9 +242,7 @@ class Comparisons:
 read_comparisons = Comparisons
 
 def place(rows, i: int) -> str:
-    if isinstance(rows, Comparisons):
-        return rows.place(i)
-    return f"drawn comparison {i + 1}" if rows[i].source == "synthetic" else f"comparison {i + 1}"
+    return rows.place(i) if isinstance(rows, Comparisons) else f"{rows[i].source} comparison {i + 1}".strip()
 
 def use_row(rows, i: int, use):
     """use(comparison i), as `encode` does. BadRow with its place if it cannot be read, or if that is a ValueError."""
@@ -549,8 +547,7 @@ def ultrafeedback_all(row: dict) -> dict:
     return ranked(prompt, [response for response, _ in rated], [score for _, score in rated])
 
 def ultrafeedback_hard(row: dict) -> dict:
-    """The paper's "Ultra-Hard" (Table 4), 63k pairs: of every prompt only the pair with the widest gap, best against
-    worst by the same mean."""
+    """The paper's "Ultra-Hard" (Table 4), 63k pairs: of every prompt its best response against its worst."""
     made = ultrafeedback_all(row)
     return pair(made["prompt"], made["responses"][0], made["responses"][-1])
 
@@ -620,8 +617,7 @@ def vstar(row: dict) -> dict:
     return {"prompt": question, "images": [image], "answer": answer}
 
 def arxivqa(row: dict) -> dict:
-    """MMInstruction/ArxivQA, about 100k RL prompts on figures, CC BY-SA 4.0. Trap: some labels are no letter, and some
-    options lack theirs."""
+    """MMInstruction/ArxivQA, about 100k RL prompts on figures, CC BY-SA 4.0. Trap: labels, options without letters."""
     question, options, label, image = need(row, "question", "options", "label", "image")
     if not re.match(r"[A-D]\b", str(label).strip()) or not isinstance(options, list):
         raise ValueError(f"unparsable label: {label!r}")
@@ -847,8 +843,7 @@ def text_of_prompt(c: Comparison) -> str:
     return "\n".join(message["content"] for message in to_messages(c.prompt, c.images))
 
 def traces(c: Comparison, images):
-    """(hash, image) of what tells where a row comes from: (the two responses of a pair in no order, None), and (the
-    prompt, each image)."""
+    """What tells where a row is from: (hash of two responses in any order, None), and (hash of the prompt, image)."""
     prompt = plain(text_of_prompt(c))
     for winner, loser in c.pairs:
         two = sorted((plain(c.responses[winner]), plain(c.responses[loser])))
@@ -947,7 +942,7 @@ def convert(name: str, cfg: "Config") -> dict:
                     file("contaminated").write(f'{{"benchmark": {json.dumps(known)}, "row": {line.rstrip()}}}\n')
                     raise ValueError(f"known to a benchmark: {known}")
                 texts = sorted((c.responses[w], c.responses[l]) for w, l in c.pairs)
-                prompt, verdict = digest(plain(prompt), c.images), digest(texts, c.answer) % 256  # a byte is no object
+                prompt, verdict = digest(plain(prompt), c.images), digest(texts, c.answer) % 256  # < 257: no memory
                 same = digest(prompt, sorted(c.responses))
                 if same in verdicts and not is_benchmark:
                     agrees = verdicts[same] == verdict
@@ -987,10 +982,8 @@ def convert(name: str, cfg: "Config") -> dict:
             "responses_per_comparison": {str(k): times for k, times in sorted(Counter(sizes[:, 2].tolist()).items())},
             "longer_response_wins": round(counts["longer"] / max(counts["longer"] + counts["shorter"], 1), 4),
             "held_out": counts["held_out"], "dropped": dict(dropped.most_common()), "first_dropped": first_dropped}
-        if is_benchmark:
-            rows, published = n - counts["prior_sets"], BENCHMARKS[name]
-            short = f"{rows:,} rows of {published:,} published: what they give is not the benchmark's figure"
-            report["benchmark"] = f"{rows:,} rows, as published" if rows == published else short
+        if is_benchmark:  # what fewer rows give is not its figure
+            report["benchmark"] = f"{n - counts['prior_sets']:,} rows of {BENCHMARKS[name]:,} published"
         (out / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return report
 
@@ -1010,9 +1003,8 @@ class Config:
 
 def judge_prompts(folders, n: int):
     """Each pair of the rows (the first n, 0 for all) in both orders, by chance which is first: prompts of a judge that
-    thinks, and as `answer` which is better, 1 or 2; what R1-Reward (arXiv 2505.02835) learns from by RL. Trap: of such
-    neighbours rl_demo.py may examine on one and learn from the other; so measure a judge by evaluate.py, on other
-    data."""
+    thinks, and as `answer` which is better, 1 or 2; what R1-Reward (arXiv 2505.02835) learns from by RL. Trap: of two
+    such neighbours rl_demo.py may examine on one and learn from the other; measure a judge by evaluate.py."""
     for rows in map(read_comparisons, folders):
         for i in range(min(n or len(rows), len(rows))):
             c = rows[i]

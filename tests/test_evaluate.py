@@ -587,7 +587,7 @@ columns = getComputedStyle(d.querySelector(".answers")).gridTemplateColumns;
     (dict(model=["nowhere"]), "nowhere/config.json"),
     (dict(model=["TINY"]), "is not a saved reward model"),
     (dict(model=["EYES"], data=["nowhere"]), "nowhere"),
-    (dict(model=["TEXT"]), "drawn comparison 1: the prompt has 1 images but the backbone is text-only"),
+    (dict(model=["TEXT"]), "synthetic comparison 1: the prompt has 1 images but the backbone is text-only"),
     (dict(model=["EYES"], route=True), "--route sends prompts without images to a text-only model"),
     (dict(model=["EYES", "TEXT"], ensemble="accuracy"), "give --validation FOLDER"),
     (dict(model=["EYES"], data=["DATA", "DATA"]), "two folders of one name"),

@@ -553,7 +553,7 @@ def test_a_benchmark_is_a_data_set_whose_rows_all_stay(name, files, rows, catego
 
 def test_a_benchmark_that_is_whole_says_so(tmp_path, monkeypatch):
     monkeypatch.setitem(data.BENCHMARKS, "rm-bench", 5)
-    assert benchmark("rm-bench", ["total_dataset.json"], tmp_path / "out")["benchmark"] == "5 rows, as published"
+    assert benchmark("rm-bench", ["total_dataset.json"], tmp_path / "out")["benchmark"] == "5 rows of 5 published"
 
 
 def test_a_checkout_of_multimodal_rewardbench_is_read_from_its_root(tmp_path):

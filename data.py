@@ -436,9 +436,8 @@ def shuffle_images(comparisons, seed: int = 0) -> list[Comparison]:
     visual = [comparison for comparison in comparisons if comparison.images]
     groups, shuffled = {}, list(visual)  # {number of images: {images: the comparisons that have them}}
     for i in random.Random(seed).sample(range(len(visual)), len(visual)):
-        images = visual[i].images  # files are told apart by name, bytes by content, decoded pictures by identity
-        key = tuple(image if isinstance(image, (str, bytes)) else id(image) for image in images)
-        groups.setdefault(len(images), {}).setdefault(key, []).append(i)
+        images = visual[i].images  # in `repr` files are told apart by name, decoded pictures by their place in memory
+        groups.setdefault(len(images), {}).setdefault(repr(images), []).append(i)
     for alike in groups.values():
         order = list(itertools.chain(*alike.values()))
         step = max(map(len, alike.values()))  # equal pictures are neighbours: a step as long as their longest run

@@ -178,8 +178,7 @@ def averages(found: dict) -> dict:
     return {name: sum(found[part] for part in parts) / len(parts)
             for name, parts in AVERAGES.items() if found.keys() >= set(parts)}
 
-# Published rows -------------------------------------------------------------------------------------------------------
-# As printed in Tables 8 to 10
+# Published rows, as printed in Tables 8 to 10 -------------------------------------------------------------------------
 PUBLISHED = {"vl-rewardbench": """
 GPT-4o (2024-08-06) [a]             | 49.10 67.60 70.50 65.80 62.40
 Claude-3.7-Sonnet [c]               | 68.08 70.70 60.81 66.31 66.53
@@ -391,8 +390,6 @@ def score(cfg: "Config", device: torch.device):
                                    }, found, rows
         del model
 
-RECEIPT = {"model", "command", "commit", "date", "hardware", "dtype", "seconds"}  # what a line of facts has beside
-
 def rescored(cfg: "Config"):
     """What `score` yields, of files it left. Folders of --data, found by name, are for the pictures of report.html."""
     folders = {Path(path).resolve().name.removesuffix(".jsonl"): path for path in cfg.data}
@@ -402,8 +399,8 @@ def rescored(cfg: "Config"):
     for file in cfg.rescore:
         try:
             facts, *found = [json.loads(line) for line in Path(file).read_text(encoding="utf-8").splitlines()]
-            known = facts["benchmark"] in METRICS and facts.keys() >= RECEIPT
-            if not known or not all("error" in row or row.keys() >= wanted for row in found):
+            whole = all("error" in row or row.keys() >= wanted for row in found)
+            if facts["benchmark"] not in METRICS or not facts["model"] or not whole:
                 raise ValueError("keys are missing")
         except (OSError, ValueError, LookupError, TypeError, AttributeError):  # no such file, no JSON, or another's
             raise ValueError(f"--rescore {file}: this is not the predictions.jsonl of an earlier run") from None
@@ -549,7 +546,8 @@ def leave(out: Path, facts: dict, found: list[dict], rows, cfg: "Config") -> tup
     count = "{rows:,} rows" if complete else "{rows:,} OF {expected:,} ROWS ({missing:.200})"
     count += ", {prompts:,} prompts, {pairs:,} pairs" + ", {verdicts:,} verdicts" * judge + ", {ties:,} ties"
     first = printable(f"{out.name} ({benchmark}, {cfg.grouping} grouping): {count.format(**summary)}")
-    receipt = "{command} · commit {commit} · {date} · {hardware} · {dtype} · {seconds} s".format(**facts)
+    receipt = "{command} · commit {commit} · {date} · {hardware} · {dtype} · {seconds} s"
+    receipt = receipt.format_map(defaultdict(str, facts))
     text = printable("\n\n".join([first, markdown(table), *notes, markdown(rest), receipt]))
     write_text(out / "summary.json", json.dumps(facts | summary, indent=1) + "\n")
     write_text(out / "table.md", text + "\n")

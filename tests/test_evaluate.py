@@ -359,7 +359,7 @@ def test_rescoring_gives_every_table_again_without_a_model(scored, folder, tmp_p
 def test_incomplete_predictions_are_refused_in_one_line(key, tmp_path):
     """A row without one of the keys that the tables need, a half line, facts of no benchmark, and JSON of another kind."""
     file = tmp_path / "predictions.jsonl"
-    facts, (row,) = dict.fromkeys(evaluate.RECEIPT, "") | {"benchmark": "comparisons", "model": ["m"]}, rows_of(("a", "b", 1))
+    facts, (row,) = {"benchmark": "comparisons", "model": ["m"]}, rows_of(("a", "b", 1))
     lost = {name: value for name, value in row.items() if name != key}
     for lines in ([facts, row, lost], [row, row], [], [{"benchmark": "comparisons"}, row], [facts | {"benchmark": []}, row], [[1], row], [facts, 3], [facts, "row"]):
         file.write_text("\n".join(map(json.dumps, lines)) + "\n" + '{"half' * (key == "row"))

@@ -869,7 +869,7 @@ def known_to(benchmarks: dict[int, list], c: Comparison, images) -> str:
     return ""
 
 # Conversion ----------------------------------------------------------------------------------------------------------
-# One pass, with some 130 bytes of memory a row. The folder appears when it is complete; a run that is killed leaves
+# One pass, with some 140 bytes of memory a row. The folder appears when it is complete; a run that is killed leaves
 # .FOLDER.partial and FOLDER.lock, which the next start clears away. Every row is in the folder, or is counted in
 # report.json under the reason it was dropped for, with the first example: a field is missing, responses are empty,
 # identical or tie, the verdict contradicts the row's own scores, an image is missing or broken, the row is over-long,
@@ -1051,14 +1051,13 @@ def main(argv: list[str]) -> None:
     if name in BENCHMARKS and (cfg.hold_out or cfg.decontaminate):
         raise BadRow(f"the rows of {name} are all kept: --hold_out and --decontaminate are for training sets")
     if name == "show":
-        show(folder, cfg.n or 10)
-    elif name == "synthetic":
-        print(f"wrote {write_comparisons(cfg.out, synthetic(cfg.n or 1000, cfg.seed))}")
-    elif name == "judge":
-        print(f"wrote {write_comparisons(cfg.out, judge_prompts(cfg.source, cfg.n))}")
-    else:
+        return show(folder, cfg.n or 10)
+    if name in SETS:
         print(printable(json.dumps(convert(name, cfg), indent=1, ensure_ascii=False)))
-        print(f"wrote {cfg.out}; look at it with: python data.py show {cfg.out}")
+    else:
+        drawn = name == "synthetic"
+        write_comparisons(cfg.out, synthetic(cfg.n or 1000, cfg.seed) if drawn else judge_prompts(cfg.source, cfg.n))
+    print(f"wrote {cfg.out}; look at it with: python data.py show {cfg.out}")
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that knows ASCII only is no reason to stop

@@ -466,8 +466,7 @@ body { font: 15px/1.5 system-ui, sans-serif; margin: auto; padding: 1rem; max-wi
 table { border-collapse: collapse; display: block; overflow-x: auto; white-space: nowrap; font-size: .87em }
 td { padding: .3em .6em; border-bottom: var(--line); text-align: right } td:first-child { text-align: left }
 tr:first-child, .bold { font-weight: bold; background: #8882 } .soft { opacity: .75; font-size: .87em }
-button { font: inherit; margin: .2em; border: var(--line); border-radius: 1em; background: none }
-button[aria-pressed=true] { background: #2563eb; color: white } svg { max-width: 100%; height: auto }
+select { font: inherit; padding: .2em } svg { max-width: 100%; height: auto }
 article { display: flex; flex-wrap: wrap; align-items: start; gap: 1em; padding: 1em; margin: 1em 0 }
 article { border: var(--line) } article img { width: 15em } article div { flex: 1 1 20em; min-width: 0 }
 .answers { display: grid; gap: 1em; grid-template-columns: repeat(auto-fit, minmax(min(26em, 100%), 1fr)) }
@@ -481,29 +480,25 @@ h1 { font-size: 1.4em } </style><h1>{{ title }}</h1>
 {% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}</table>
 {{ section.html }}
 {% set groups = section.cards | groupby("category", case_sensitive=true) %}
-{% for name, cards in [("", section.cards)] + groups if groups | length > 1 %}
-<button data-category="{{ name }}" onclick="show(dataset.category)">{{ name or "all" }} {{ cards | length }}</button>
-{% endfor %}
+{% if groups | length > 1 %}<select aria-label="category" onchange="for (const card of
+document.querySelectorAll('article')) card.hidden = value && card.dataset.category != value">
+{% for name, cards in [("", section.cards)] + groups %}
+<option value="{{ name }}">{{ name or "all" }} {{ cards | length }}</option>
+{% endfor %}</select>{% endif %}
 {% for card in section.cards %}<article data-category="{{ card.category }}">
 {% for uri in card.pictures %}<img alt="" src="{{ uri }}">{% endfor %}
 <div><b>{{ card.facts | join(" · ") }}</b><div class="text">{{ card.text }}</div><div class="answers">
 {% for answer in card.answers %}<div class="{{ answer.name }}"><div class="soft">{{ answer.facts | join(" · ") }}</div>
 <div class="text">{{ answer.text }}</div></div>{% endfor %}</div></div></article>{% endfor %}
 {% if section.pre %}<pre>{{ section.pre }}</pre>{% endif %}
-{% endfor %}<script>
-function show(category) {
-  for (const card of document.querySelectorAll("article")) card.hidden = category && card.dataset.category != category;
-  for (const button of document.querySelectorAll("button")) button.ariaPressed = button.dataset.category == category;
-}
-show("");
-</script></html>
+{% endfor %}</html>
 """)
 
 def page(title: str, sections: list[dict]) -> str:
     """An HTML page that needs no network and runs nothing of what it shows: all but Markup is escaped.
 
     A section's keys, each optional, in the order they are shown: heading; text, paragraphs; table, rows of strings;
-    bold, the first cell of a row to stress; html, Markup; cards, with buttons to filter them: {category, pictures
+    bold, the first cell of a row to stress; html, Markup; cards, with a filter of them: {category, pictures
     (data URIs), facts, text, answers: [{name (chosen is green, rejected red), facts, text}]}; pre, a text as it is."""
     return PAGE.render(title=title, sections=sections).encode("utf-8", "replace").decode()
 

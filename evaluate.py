@@ -349,10 +349,9 @@ def score_folder(model: RewardModel, directory: str, takes: dict, folder: tuple,
                 found[i].setdefault("critiques", {})[directory] = said.texts
     visual = [i for i in at if probe and found[i].get("images")]
     seen = [rows[i] for i in visual]
-    probes = {"removed": [remove_images(c) for c in seen], "shuffled": shuffle_images(seen)} if seen else {}
-    for key, changed in probes.items():  # skip: without its image a prompt may be empty
+    for key, changed in {"removed": [remove_images(c) for c in seen], "shuffled": shuffle_images(seen)}.items():
         for i, said in zip(visual, score_over_ranks(model, changed, tokens, "skip", f"{bar}, {KEYS[key]}")):
-            if isinstance(said, Score):
+            if isinstance(said, Score):  # without its image a prompt may be empty, and was skipped
                 found[i][key][directory] = said.rewards
 
 def score(cfg: "Config", device: torch.device):

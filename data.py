@@ -23,9 +23,6 @@ rows as they are read, the last two in TRL's layout:
 `pairs` holds (winner, loser) indices into `responses`. Optional keys: id, source, category, answer (a checkable answer,
 for RL) and critiques (one text per response). Paths are relative to the file and may not leave its folder; an entry of
 `images` that is a folder of frames is a video. A prompt without an <image> mark has its images in front.
-
-Where this differs from the paper: it does not speak of curation, and counts pairs. A ranked set is here one comparison
-a prompt, with K responses and every untied pair.
 """
 import argparse
 import base64
@@ -57,7 +54,7 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
 from model import (MARK, Comparison, Encoded, Processor, check_text, encode, frames_of, is_video, judge_pair,
-                   open_frames, open_image, replacing, text_of_part, to_messages)
+                   one_line, open_frames, open_image, printable, replacing, text_of_part, to_messages)
 
 # A row ---------------------------------------------------------------------------------------------------------------
 def parse_row(row, folder: Path, needs_responses: bool = True) -> Comparison:
@@ -162,8 +159,8 @@ def synthetic_comparison(seed: int, i: int, held_out: bool) -> Comparison:
                       category=category, answer=right, critiques=critiques)
 
 # A published set -----------------------------------------------------------------------------------------------------
-# A function takes a row as it was published and returns {"prompt", "responses", "pairs", "images"}; for RL {"prompt",
-# "images", "answer"}. A ValueError drops the row, and is counted under what stands before its first colon.
+# A function takes a row as it was published and returns one as at the top; for RL {"prompt", "images", "answer"}.
+# A ValueError drops the row, and is counted under what stands before its first colon.
 # A set of your own takes such a function, and a line in SETS. For K ranked responses there is `ranked`, below.
 
 def rlaif_v(row: dict) -> dict:
@@ -180,12 +177,12 @@ def need(row: dict, *names: str) -> list:
         found = [row[key] for key in name.split("|") if key in row]
         if not found:
             raise ValueError(f"no field {name.replace('|', ' or ')}: found {sorted(row)}; is this another set's file?")
-        values.append(next((value for value in found if value not in (None, "", [])), found[0]))
+        values.append(next(filter(None, found), found[0]))
     return values
 
 def pair(prompt, chosen, rejected, images=()) -> dict:
     """images: one, or a list of them, here and below."""
-    return {"prompt": prompt, "responses": [chosen, rejected], "pairs": [(0, 1)], "images": images}
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "images": images}
 
 # ======================================================================================================================
 # First reading ends here. Below: what a real run needs.
@@ -245,9 +242,7 @@ class Comparisons:
 read_comparisons = Comparisons
 
 def place(rows, i: int) -> str:
-    if isinstance(rows, Comparisons):
-        return rows.place(i)
-    return f"drawn comparison {i + 1}" if rows[i].source == "synthetic" else f"comparison {i + 1}"
+    return rows.place(i) if isinstance(rows, Comparisons) else f"{rows[i].source} comparison {i + 1}".strip()
 
 def use_row(rows, i: int, use):
     """use(comparison i), as `encode` does. BadRow with its place if it cannot be read, or if that is a ValueError."""
@@ -299,15 +294,6 @@ def line_of(comparison: Comparison) -> str:
     return json.dumps({key: value for key, value in vars(comparison).items() if value}, ensure_ascii=False) + "\n"
 
 # What is wrong with a row --------------------------------------------------------------------------------------------
-def printable(text: str) -> str:
-    """With control characters written out: a text from elsewhere may hold commands to the terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
-
-def one_line(text) -> str:
-    """A text on one line of 300 characters at most, cut in the middle: place and remedy stand at its ends."""
-    text = printable(" ".join(str(text).split()))
-    return text if len(text) <= 300 else f"{text[:215]} ... {text[-80:]}"
-
 def from_json(row):
     """A row decoded, if it is JSON still (bytes or text)."""
     try:
@@ -332,18 +318,19 @@ def fields_of(row, needs_responses: bool) -> tuple:
 
 def from_trl(row: dict) -> tuple[object, list[str]]:
     """Prompt and responses of a TRL row: texts or messages, with the prompt apart or at the head of both."""
-    prompt, chosen, rejected = row.get("prompt"), row.get("chosen"), row.get("rejected")
-    if isinstance(chosen, str) and isinstance(rejected, str):
-        return prompt, [chosen, rejected]
-    if not (chosen and rejected and isinstance(chosen, list) and isinstance(rejected, list)):
+    prompt, both = row.get("prompt"), [row.get("chosen"), row.get("rejected")]
+    if all(isinstance(said, str) for said in both):
+        return prompt, both
+    if not all(said and isinstance(said, list) for said in both):
         raise ValueError(f"chosen and rejected must both be texts or both be lists of messages; found {sorted(row)}")
-    responses, head = [text_of(chosen[-1]), text_of(rejected[-1])], chosen[:-1]
-    if rejected[:-1] != head:
+    (*head, chosen), (*other_head, rejected) = both
+    responses = [text_of(chosen), text_of(rejected)]
+    if head != other_head:
         raise ValueError("chosen and rejected part before their last message, so there is no common prompt")
-    if not head or not prompt:
-        return head or prompt, responses
-    prompt = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-    return head if prompt[-1] in head else prompt + head, responses  # what the conversations hold is said already
+    if head and prompt:
+        prompt = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+        head = head if prompt[-1] in head else prompt + head  # what the conversations hold is said already
+    return head or prompt, responses
 
 def text_of(message) -> str:
     """The text of a response that is a message; check_responses sees whether it is one."""
@@ -365,10 +352,11 @@ def inside(folder: Path, path) -> str:
 
 def optional_keys(row: dict, responses) -> dict:
     """Those that a row has of id, source, category, answer and critiques."""
-    found = {key: row[key] for key in ("id", "source", "category", "answer") if row.get(key) is not None}
-    for key, value in found.items():
-        found[key] = str(value) if isinstance(value, (int, float)) else value
-        check_text(found[key], key)
+    found = {}
+    for key in ("id", "source", "category", "answer"):
+        if (value := row.get(key)) is not None:
+            found[key] = str(value) if isinstance(value, (int, float)) else value
+            check_text(found[key], key)
     if critiques := row.get("critiques"):
         if not isinstance(critiques, list) or len(critiques) != len(responses):
             raise ValueError(f"critiques must be a list of {len(responses)} texts, one for each response")
@@ -387,16 +375,13 @@ def check_responses(responses, pairs, needs_pairs: bool, is_benchmark: bool) -> 
         check_text(response, f"response {i}")
         if not response.strip() and not is_benchmark:
             raise ValueError(f"response {i} is empty")
-    if not needs_pairs and not pairs:
-        return
-    if not isinstance(pairs, list) or not pairs:
+    if not isinstance(pairs, list) or needs_pairs and not pairs:
         raise ValueError("no pairs; want a list like [[0, 1]]: response 0 was preferred to response 1")
     beaten_by = {i: set() for i in range(len(responses))}
     for pair in pairs:
-        numbers = pair if isinstance(pair, (list, tuple)) and len(pair) == 2 else (None, None)
-        if any(type(i) is not int or not 0 <= i < len(responses) for i in numbers):
+        winner, loser = pair if isinstance(pair, (list, tuple)) and len(pair) == 2 else (None, None)
+        if any(type(i) is not int or i not in beaten_by for i in (winner, loser)):
             raise ValueError(f"pair {str(pair)[:80]} is out of range: want two whole numbers below {len(responses)}")
-        winner, loser = numbers
         if responses[winner] == responses[loser] and not is_benchmark:
             raise ValueError(f"pair {[*pair]} has two identical responses: {responses[winner][:40]!r}")
         if winner in beaten_by[loser]:
@@ -451,9 +436,8 @@ def shuffle_images(comparisons, seed: int = 0) -> list[Comparison]:
     visual = [comparison for comparison in comparisons if comparison.images]
     groups, shuffled = {}, list(visual)  # {number of images: {images: the comparisons that have them}}
     for i in random.Random(seed).sample(range(len(visual)), len(visual)):
-        images = visual[i].images  # files are told apart by name, bytes by content, decoded pictures by identity
-        key = tuple(image if isinstance(image, (str, bytes)) else id(image) for image in images)
-        groups.setdefault(len(images), {}).setdefault(key, []).append(i)
+        images = visual[i].images  # in `repr` files are told apart by name, decoded pictures by their place in memory
+        groups.setdefault(len(images), {}).setdefault(repr(images), []).append(i)
     for alike in groups.values():
         order = list(itertools.chain(*alike.values()))
         step = max(map(len, alike.values()))  # equal pictures are neighbours: a step as long as their longest run
@@ -481,8 +465,7 @@ def mmpr(row: dict) -> dict:
     """OpenGVLab/MMPR-v1.2, about 3M pairs (paper: 2M), MIT. Source: the folder of meta.json, unpacked. Its repeat_time
     is not obeyed: give train.py a weight. Rows without an image are text-only.
     Trap: a rejected response may be the chosen one, cut in half and continued without the image."""
-    question, chosen, rejected = need(row, "question", "chosen", "rejected")
-    return pair(question, chosen, rejected, row.get("image") or row.get("video") or [])
+    return pair(*need(row, "question", "chosen", "rejected"), row.get("image") or row.get("video") or [])
 
 def mm_rlhf(row: dict) -> dict:
     """yifanzhang114/MM-RLHF, MIT: data.jsonl (16,342 ranked prompts) or dpo_pairs.jsonl (62,545 pairs); unpack its five
@@ -563,8 +546,7 @@ def ultrafeedback_all(row: dict) -> dict:
     return ranked(prompt, [response for response, _ in rated], [score for _, score in rated])
 
 def ultrafeedback_hard(row: dict) -> dict:
-    """The paper's "Ultra-Hard" (Table 4), 63k pairs: of every prompt only the pair with the widest gap, best against
-    worst by the same mean."""
+    """The paper's "Ultra-Hard" (Table 4), 63k pairs: of every prompt its best response against its worst."""
     made = ultrafeedback_all(row)
     return pair(made["prompt"], made["responses"][0], made["responses"][-1])
 
@@ -584,9 +566,7 @@ def message_lists(row: dict) -> dict:
     wildchat-uf   allenai/tulu-3-wildchat-ultrafeedback, ODC-BY. Trap: no `train`; all but wildchat_unused (56,034)
     skywork       Skywork/Skywork-Reward-Preference-80K-v0.2, about 77k, licence not stated"""
     chosen, rejected = need(row, "chosen", "rejected")
-    prompt = row.get("prompt") if len(chosen) == 1 else None
-    prompt, responses = from_trl({"prompt": prompt, "chosen": chosen, "rejected": rejected})
-    return pair(prompt, *responses)
+    return pair(row.get("prompt") if len(chosen) == 1 else None, chosen, rejected)
 
 def swe_arena(row: dict) -> dict:
     """bigcode/swe-arena-preference-5k (now bigcodearena-preference-5k), 4.7k votes, bigcode-openrail-m.
@@ -597,11 +577,12 @@ def swe_arena(row: dict) -> dict:
         raise ValueError(f"tie or no vote: vote_type is {vote!r}")
     for state in need(states, "model_A", "model_B"):
         (turns,) = need(state, "messages")
-        roles = ["user" if role.lower() == "user" else "assistant" for role, _ in turns]
-        sides.append([{"role": role, "content": text} for role, (_, text) in zip(roles, turns)])
+        sides.append([{"role": "user" if role.lower() == "user" else "assistant", "content": text}
+                      for role, text in turns])
     chosen, rejected = sides if vote in ("vote_left", "vote_model_A") else sides[::-1]
-    prompt = chosen[:-1] if chosen[:-1] == rejected[:-1] else instruction
-    return pair(prompt, text_of(chosen[-1]), text_of(rejected[-1]))
+    if chosen[:-1] == rejected[:-1]:
+        return pair(None, chosen, rejected)
+    return pair(instruction, chosen[-1:], rejected[-1:])
 
 def vlfeedback(row: dict) -> dict:
     """MMInstruction/VLFeedback, 80,258 prompts with 4 responses, CC BY 4.0: untied pairs by the mean of the ratings.
@@ -635,8 +616,7 @@ def vstar(row: dict) -> dict:
     return {"prompt": question, "images": [image], "answer": answer}
 
 def arxivqa(row: dict) -> dict:
-    """MMInstruction/ArxivQA, about 100k RL prompts on figures, CC BY-SA 4.0. Trap: some labels are no letter, and some
-    options lack theirs."""
+    """MMInstruction/ArxivQA, about 100k RL prompts on figures, CC BY-SA 4.0. Trap: labels, options without letters."""
     question, options, label, image = need(row, "question", "options", "label", "image")
     if not re.match(r"[A-D]\b", str(label).strip()) or not isinstance(options, list):
         raise ValueError(f"unparsable label: {label!r}")
@@ -784,7 +764,7 @@ def find(folder: Path, path) -> Path | None:
     """folder/path, or where its archive has put it: short/, images/ or (of a checkout) data/ before short/1.png."""
     inside(folder, path)  # or ValueError
     places = [folder / parent / path for parent in ("", path.split("/")[0], "images", "data")]
-    return next((place for place in places if place.exists()), None)
+    return next(filter(os.path.exists, places), None)
 
 def mmpr_parts(meta: Path):
     """(annotation file, image folder) of each part of MMPR, whose paths begin with MMPR-v1.2/."""
@@ -824,21 +804,16 @@ def load_image(source, folder: Path) -> tuple[str, dict[str, bytes], Image.Image
     source = (source.get("bytes") or source.get("path")) if isinstance(source, dict) else source
     if isinstance(source, str) and source.startswith(BASE64):
         source = base64.b64decode(source.partition(",")[2] if source.startswith("data:") else source)
+    if not isinstance(source, bytes) and not (source := find(folder, path := source)):
+        raise ValueError(f"missing image: {path} is not in {folder}")
     try:
-        if not isinstance(source, bytes):
-            if not (found := find(folder, source)):
-                raise OSError(f"{source} is not in {folder}")
-            source = found
-        try:
-            frames = frames_of(source) if is_video(source) else [source]
-            decoded = open_frames(source) if is_video(source) else [open_image(source)]
-            if len({image.size for image in decoded}) > 1:
-                raise ValueError(f"the frames of {source} have different sizes")
-        except ValueError as error:
-            raise ValueError(f"broken image: {error}") from None
+        frames = frames_of(source) if is_video(source) else [source]
+        decoded = open_frames(source) if is_video(source) else [open_image(source)]
+        if len({image.size for image in decoded}) > 1:
+            raise ValueError(f"the frames of {source} have different sizes")
         encoded = [frame if isinstance(frame, bytes) else Path(frame).read_bytes() for frame in frames]
-    except OSError as error:  # also a name that is too long, or a file that may not be read
-        raise ValueError(f"missing image: {error}") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"broken image: {error}") from None
     name = hashlib.blake2b(b"".join(encoded), digest_size=16).hexdigest()
     name = f"images/{name[:2]}/{name}"  # 256 sub-folders: no folder holds a million files
     endings = [ENDINGS.get(data[:2], "") for data in encoded]
@@ -866,35 +841,35 @@ def plain(text: str) -> str:
 def text_of_prompt(c: Comparison) -> str:
     return "\n".join(message["content"] for message in to_messages(c.prompt, c.images))
 
-def pair_digests(c: Comparison, prompt: str) -> set[int]:
-    """One number for the two responses of each pair, in no order."""
-    texts = [sorted((plain(c.responses[w]), plain(c.responses[l]))) for w, l in c.pairs]
-    return {digest(*two, prompt if sum(map(len, two)) < SHORT else "") for two in texts}
+def traces(c: Comparison, images):
+    """What tells where a row is from: (hash of two responses in any order, None), and (hash of the prompt, image)."""
+    prompt = plain(text_of_prompt(c))
+    for winner, loser in c.pairs:
+        two = sorted((plain(c.responses[winner]), plain(c.responses[loser])))
+        yield digest(*two, prompt if sum(map(len, two)) < SHORT else ""), None
+    yield from ((digest(prompt), image) for image in images)
 
 def read_benchmarks(folders) -> dict[int, list]:
-    """What `known_to` looks up: {hash of a pair or of a prompt: [(thumbprint of its image or None, place)]}."""
+    """What `known_to` looks up: {hash: [(thumbprint of the image or None, place)]}."""
     known = {}
     for folder in folders:
         rows = read_comparisons(folder, needs_responses=False)
         for i, c in enumerate(rows):
-            prompt = plain(text_of_prompt(c))
-            for key in pair_digests(c, prompt):
-                known.setdefault(key, []).append((None, rows.place(i)))
-            for image in c.images:
-                first = open_frames(image)[0] if is_video(image) else open_image(image)
-                known.setdefault(digest(prompt), []).append((thumbprint(first), rows.place(i)))
+            images = [open_frames(image)[0] if is_video(image) else open_image(image) for image in c.images]
+            for key, image in traces(c, images):
+                known.setdefault(key, []).append((image and thumbprint(image), rows.place(i)))
     return known
 
-def known_to(benchmarks: dict[int, list], c: Comparison, prompt: str, images) -> str:
+def known_to(benchmarks: dict[int, list], c: Comparison, images) -> str:
     """The place of a benchmark's row with the same two responses, or with the same prompt and picture; or ""."""
-    for key in [*pair_digests(c, prompt), digest(prompt)] if benchmarks else ():
+    for key, image in traces(c, images) if benchmarks else ():
         for mark, place in benchmarks.get(key, ()):
-            if mark is None or any((thumbprint(image) ^ mark).bit_count() <= CLOSE for image in images):
+            if image is None or (thumbprint(image) ^ mark).bit_count() <= CLOSE:
                 return place
     return ""
 
 # Conversion ----------------------------------------------------------------------------------------------------------
-# One pass, with some 130 bytes of memory a row. The folder appears when it is complete; a run that is killed leaves
+# One pass, with some 140 bytes of memory a row. The folder appears when it is complete; a run that is killed leaves
 # .FOLDER.partial and FOLDER.lock, which the next start clears away. Every row is in the folder, or is counted in
 # report.json under the reason it was dropped for, with the first example: a field is missing, responses are empty,
 # identical or tie, the verdict contradicts the row's own scores, an image is missing or broken, the row is over-long,
@@ -908,10 +883,8 @@ def curate(item, name: str, cfg: "Config", out: Path, benchmarks) -> tuple:
     Returns the comparison, its prompt's text, tokens of prompt and longest response, and where a benchmark has it."""
     place, row, part, folder = item
     row, is_benchmark = from_json(row), name in BENCHMARKS
-    if not isinstance(row, dict):
-        raise ValueError(f"found {type(row).__name__}, want a JSON object")
-    row = {key: value for key, value in row.items() if value is not None}  # in parquet what is absent is null
     try:
+        row = {key: value for key, value in row.items() if value is not None}  # in parquet what is absent is null
         made = SETS[name].read(row | {"part": part} if is_benchmark else row)
     except (TypeError, KeyError, IndexError, AttributeError) as error:
         raise ValueError(f"unexpected layout: {type(error).__name__}: {error}") from None
@@ -927,7 +900,7 @@ def curate(item, name: str, cfg: "Config", out: Path, benchmarks) -> tuple:
     if length + longest > cfg.max_tokens and not is_benchmark:
         raise ValueError(f"over-long: {length} tokens of prompt, {longest} of response; --max_tokens {cfg.max_tokens}")
     loaded = [load_image(image, folder) for image in images]
-    known = known_to(benchmarks, c, plain(prompt), [first for _, _, first in loaded])
+    known = known_to(benchmarks, c, [first for _, _, first in loaded])
     for _, files, _ in loaded if not known else []:
         for path, data in files.items():
             if not (out / path).exists():  # the name is the content: two threads that write it write the same
@@ -949,16 +922,12 @@ def convert(name: str, cfg: "Config") -> dict:
             raise BadRow(f"--out {cfg.out} lies inside --source {source} and would be read as part of it")
     benchmarks, is_benchmark = read_benchmarks(cfg.decontaminate), name in BENCHMARKS
     counts, dropped, first_dropped, verdicts = Counter(), Counter(), {}, {}  # verdicts: {hash of a row: its verdict}
-    responses, prompt_tokens, response_tokens = Counter(), Counter(), Counter()  # {number: how often}
-
-    def drop(reason: str, example: str):
-        dropped[printable(reason)] += 1
-        first_dropped.setdefault(printable(reason), one_line(example))
-
+    sizes = array("i")  # of each row that stays: tokens of the prompt and of the longest response, number of responses
     with new_folder(cfg.out) as out, contextlib.ExitStack() as stack:
-        write = functools.partial(open, mode="w", encoding="utf-8", errors="backslashreplace")  # as JSON: \ud83d
-        files = {file: stack.enter_context(write(out / f"{file}.jsonl"))
-                 for file in ("comparisons", "held_out", "contaminated")}
+        @functools.cache
+        def file(kind: str):  # opened for its first row; half a character is written as in JSON: \ud83d
+            return stack.enter_context(open(out / f"{kind}.jsonl", "w", encoding="utf-8", errors="backslashreplace"))
+
         items = itertools.chain.from_iterable(read_source(name, source) for source in cfg.source)
         work = functools.partial(curate, name=name, cfg=cfg, out=out, benchmarks=benchmarks)
         workers = cfg.workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
@@ -967,60 +936,53 @@ def convert(name: str, cfg: "Config") -> dict:
             counts["rows_in"] += 1
             try:
                 c, prompt, length, longest, known = done.result()
+                line = line_of(c)
+                if known:
+                    file("contaminated").write(f'{{"benchmark": {json.dumps(known)}, "row": {line.rstrip()}}}\n')
+                    raise ValueError(f"known to a benchmark: {known}")
+                texts = sorted((c.responses[w], c.responses[l]) for w, l in c.pairs)
+                prompt, verdict = digest(plain(prompt), c.images), digest(texts, c.answer) % 256  # < 257: no memory
+                same = digest(prompt, sorted(c.responses))
+                if same in verdicts and not is_benchmark:
+                    agrees = verdicts[same] == verdict
+                    raise ValueError("duplicate of an earlier row" if agrees else "contradicts an earlier row")
             except (ValueError, RecursionError) as error:
                 if is_benchmark and cfg.on_bad_row == "stop":
                     raise BadRow(f"{place}: {error}; --on_bad_row skip would leave it out and count it") from None
-                drop(re.sub(r"\d+", "N", re.split("[:;]", str(error), maxsplit=1)[0])[:100], f"{place}: {error}")
+                reason = re.sub(r"\d+", "N", re.split("[:;]", one_line(error), maxsplit=1)[0])[:100]
+                dropped[reason] += 1
+                first_dropped.setdefault(reason, one_line(f"{place}: {error}"))
                 known = any(reason.startswith(("missing image", "known to a benchmark")) for reason in dropped)
                 if counts["rows_in"] >= 1000 and not verdicts and not known:
                     break  # this is another set
                 continue
-            line = line_of(c)
-            if known:
-                drop("known to a benchmark", f"{place}: {known}")
-                files["contaminated"].write(f'{{"benchmark": {json.dumps(known)}, "row": {line.rstrip()}}}\n')
-                continue
-            texts = sorted((c.responses[w], c.responses[l]) for w, l in c.pairs)
-            prompt, verdict = digest(plain(prompt), c.images), digest(texts, c.answer) % 256  # a byte takes no memory
-            same = digest(prompt, sorted(c.responses))
-            if same in verdicts and not is_benchmark:
-                agrees = verdicts[same] == verdict
-                drop("duplicate of an earlier row" if agrees else "contradicts an earlier row", place)
-                continue
             verdicts[same] = verdict
-            file = "held_out" if prompt < cfg.hold_out * 2**64 else "comparisons"
-            files[file].write(line)
-            counts[file] += 1
-            if file == "comparisons":
+            kind = "held_out" if prompt < cfg.hold_out * 2**64 else "comparisons"
+            file(kind).write(line)
+            counts[kind] += 1
+            if kind == "comparisons":
                 longer, shorter = sum(len(w) > len(l) for w, l in texts), sum(len(w) < len(l) for w, l in texts)
                 counts.update(pairs=len(c.pairs), longer=longer, shorter=shorter, with_images=bool(c.images),
                               prior_sets=is_benchmark and c.category in PRIOR_SETS)
-                responses[len(c.responses)] += 1
-                prompt_tokens[length] += 1
-                response_tokens[longest] += 1
+                sizes.extend((length, longest, len(c.responses)))
         stack.close()
         n = counts["comparisons"]
         if not n:
             source, (reason, times) = " ".join(cfg.source), (dropped.most_common(1) or [("no row", 0)])[0]
             raise BadRow(f"{source}: of the first {counts['rows_in']} rows none is left as a row of {name}; "
                          f"{counts['held_out']} held out; {times} times: {first_dropped.get(reason, 'holds no row')}")
-        for file in ("held_out", "contaminated"):
-            if not (out / f"{file}.jsonl").stat().st_size:
-                (out / f"{file}.jsonl").unlink()
-        spreads = {}
-        for figure, numbers in (("prompt_tokens", prompt_tokens), ("response_tokens", response_tokens)):
-            values = sorted(numbers.elements())
-            spreads[figure] = {"median": values[n // 2], "p99": values[n * 99 // 100], "most": values[-1]}
+        sizes = np.reshape(sizes, (n, 3))
+        spreads = np.quantile(sizes[:, :2], (0.5, 0.99, 1), axis=0, method="higher").T.tolist()
+        prompt_tokens, response_tokens = (dict(zip(("median", "p99", "most"), spread)) for spread in spreads)
         report = {
             "set": name, "source": cfg.source, "rows_in": counts["rows_in"], "comparisons": n, "pairs": counts["pairs"],
-            "with_images": round(counts["with_images"] / n, 4), **spreads,  # tokens are estimated: 4 bytes are one
-            "responses_per_comparison": {str(k): times for k, times in sorted(responses.items())},
+            "with_images": round(counts["with_images"] / n, 4),
+            "prompt_tokens": prompt_tokens, "response_tokens": response_tokens,  # estimated: 4 bytes are one
+            "responses_per_comparison": {str(k): times for k, times in sorted(Counter(sizes[:, 2].tolist()).items())},
             "longer_response_wins": round(counts["longer"] / max(counts["longer"] + counts["shorter"], 1), 4),
             "held_out": counts["held_out"], "dropped": dict(dropped.most_common()), "first_dropped": first_dropped}
-        if is_benchmark:
-            rows, published = n - counts["prior_sets"], BENCHMARKS[name]
-            short = f"{rows:,} rows of {published:,} published: what they give is not the benchmark's figure"
-            report["benchmark"] = f"{rows:,} rows, as published" if rows == published else short
+        if is_benchmark:  # what fewer rows give is not its figure
+            report["benchmark"] = f"{n - counts['prior_sets']:,} rows of {BENCHMARKS[name]:,} published"
         (out / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return report
 
@@ -1040,9 +1002,8 @@ class Config:
 
 def judge_prompts(folders, n: int):
     """Each pair of the rows (the first n, 0 for all) in both orders, by chance which is first: prompts of a judge that
-    thinks, and as `answer` which is better, 1 or 2; what R1-Reward (arXiv 2505.02835) learns from by RL. Trap: of such
-    neighbours rl_demo.py may examine on one and learn from the other; so measure a judge by evaluate.py, on other
-    data."""
+    thinks, and as `answer` which is better, 1 or 2; what R1-Reward (arXiv 2505.02835) learns from by RL. Trap: of two
+    such neighbours rl_demo.py may examine on one and learn from the other; measure a judge by evaluate.py."""
     for rows in map(read_comparisons, folders):
         for i in range(min(n or len(rows), len(rows))):
             c = rows[i]
@@ -1057,20 +1018,19 @@ def show(path: str, n: int) -> None:
     rows = read_comparisons(path, needs_responses=False)
     print(f"{rows.file}: {len(rows)} comparisons, {sum(rows.pairs)} pairs")
     for i in range(min(n, len(rows))):
-        c = rows[i]
-        if not c.pairs and not c.answer:
-            raise BadRow(f"{rows.place(i)}: neither pairs nor an answer: nothing to learn from")
-        lines = [f"\n--- row {i + 1} {c.category} {c.id}", text_of_prompt(c)]
-        try:
-            for image in c.images:
-                frames = open_frames(image) if is_video(image) else [open_image(image)]
-                lines.append(f"  image   {image}, {frames[0].width} x {frames[0].height}, frames: {len(frames)}")
-        except ValueError as error:
-            raise BadRow(f"{rows.place(i)}: {error}") from None
-        for j, response in enumerate(c.responses):
-            beats = ", ".join(str(loser) for winner, loser in c.pairs if winner == j)
-            lines.append(f"  {j}{beats and ' beats ' + beats}: {response[:300]}")
-        print(printable("\n".join(lines)))
+        print(printable(f"\n--- row {i + 1} {use_row(rows, i, described)}"))
+
+def described(c: Comparison) -> str:
+    if not c.pairs and not c.answer:
+        raise ValueError("neither pairs nor an answer: nothing to learn from")
+    lines = [f"{c.category} {c.id}", text_of_prompt(c)]
+    for image in c.images:
+        frames = open_frames(image) if is_video(image) else [open_image(image)]
+        lines.append(f"  image   {image}, {frames[0].width} x {frames[0].height}, frames: {len(frames)}")
+    for j, response in enumerate(c.responses):
+        beats = ", ".join(str(loser) for winner, loser in c.pairs if winner == j)
+        lines.append(f"  {j}{beats and ' beats ' + beats}: {response[:300]}")
+    return "\n".join(lines)
 
 def main(argv: list[str]) -> None:
     names = ("show", "synthetic", "judge", *SETS)
@@ -1091,14 +1051,13 @@ def main(argv: list[str]) -> None:
     if name in BENCHMARKS and (cfg.hold_out or cfg.decontaminate):
         raise BadRow(f"the rows of {name} are all kept: --hold_out and --decontaminate are for training sets")
     if name == "show":
-        show(folder, cfg.n or 10)
-    elif name == "synthetic":
-        print(f"wrote {write_comparisons(cfg.out, synthetic(cfg.n or 1000, cfg.seed))}")
-    elif name == "judge":
-        print(f"wrote {write_comparisons(cfg.out, judge_prompts(cfg.source, cfg.n))}")
-    else:
+        return show(folder, cfg.n or 10)
+    if name in SETS:
         print(printable(json.dumps(convert(name, cfg), indent=1, ensure_ascii=False)))
-        print(f"wrote {cfg.out}; look at it with: python data.py show {cfg.out}")
+    else:
+        drawn = name == "synthetic"
+        write_comparisons(cfg.out, synthetic(cfg.n or 1000, cfg.seed) if drawn else judge_prompts(cfg.source, cfg.n))
+    print(f"wrote {cfg.out}; look at it with: python data.py show {cfg.out}")
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that knows ASCII only is no reason to stop

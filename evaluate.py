@@ -33,10 +33,10 @@ import transformers
 from torch import distributed as dist
 from transformers.hf_argparser import HfArg
 
-from data import (BENCHMARKS, BadRow, one_line, place, printable, read_comparisons, remove_images, shuffle_images,
-                  synthetic, write_comparisons)
-from model import RewardModel, Score, is_video, margins_of, open_frames, open_image, to_messages
-from train import check_numbers, command_line, say, score_over_ranks, start_processes, write_text
+from data import (BENCHMARKS, BadRow, place, read_comparisons, remove_images, shuffle_images, synthetic,
+                  write_comparisons)
+from model import RewardModel, Score, is_video, margins_of, one_line, open_frames, open_image, printable, to_messages
+from train import check_numbers, command_line, say, score_over_ranks, start_processes, used_or_error, write_text
 
 ALL = "accuracy"  # the group of every pair
 KEYS = {"rewards": "images as they are", "removed": "images removed", "shuffled": "images shuffled"}
@@ -178,8 +178,7 @@ def averages(found: dict) -> dict:
     return {name: sum(found[part] for part in parts) / len(parts)
             for name, parts in AVERAGES.items() if found.keys() >= set(parts)}
 
-# Published rows -------------------------------------------------------------------------------------------------------
-# As printed in Tables 8 to 10
+# Published rows, as printed in Tables 8 to 10 -------------------------------------------------------------------------
 PUBLISHED = {"vl-rewardbench": """
 GPT-4o (2024-08-06) [a]             | 49.10 67.60 70.50 65.80 62.40
 Claude-3.7-Sonnet [c]               | 68.08 70.70 60.81 66.31 66.53
@@ -223,10 +222,9 @@ NOTES = {"vl-rewardbench": [
 PARADIGM_NOTES = {
     "critic": "Scored after the critic's {critiques} critiques. What it loses between --critiques given and own is the "
               "known weakness of its paradigm: it learnt to read critiques that are better than those it writes.",
-    "direct": "A judge: every pair was asked in both orders, each verdict counts by itself, and n counts verdicts. "
-              "Figures about images compare each response's preferences, summed over its pairs and orders.",
-    "think": "A judge that thinks: every pair was asked in both orders, each verdict counts by itself, and n counts "
-             "verdicts; one that cannot be read is wrong."}
+    **dict.fromkeys(("direct", "think"), "A judge: every pair was asked in both orders, each verdict counts by itself, "
+                    "and n counts verdicts; one that cannot be read is wrong. Figures about images compare each "
+                    "response's preferences, summed over its pairs and orders.")}
 
 # Figures with their intervals -----------------------------------------------------------------------------------------
 def figures(events, metric=dict) -> dict:
@@ -278,21 +276,6 @@ def metrics(benchmark: str, rows: list, grouping: str = "official") -> dict:
         events = sorted(event for event in events if event[0] in shown)
     return figures(events, METRICS[benchmark][0])
 
-def length_correlation(rows: list) -> dict:
-    """Of reward and log(1 + characters), each less its mean over the row: only differences within a row count."""
-    events = []
-    for row in rows:
-        reward, size = torch.tensor([row["rewards"], row["characters"]], dtype=torch.float64)
-        reward, size = reward - reward.mean(), size.log1p() - size.log1p().mean()
-        for name, product in (("rs", reward * size), ("rr", reward * reward), ("ss", size * size)):
-            events += [(name, row["prompt"], value) for value in product.tolist()]
-
-    def correlation(share):  # of 0/0, without differences in length or reward, there is no figure
-        return {"correlation of reward and length": share["rs"] / (share["rr"] * share["ss"]).sqrt() / 100}
-
-    found = figures(events, correlation)  # in percent, therefore the 100; n: three events are one response
-    return {name: f | {"n": f["n"] // 3} for name, f in found.items()}
-
 # One model, or several as one (section 4.7) ---------------------------------------------------------------------------
 def weigh(rule: str, members: list[str], held: list[dict]) -> dict[str, float]:
     """{model: weight} for one kind of prompt, by those pairs of the held-out rows that all its members scored.
@@ -332,12 +315,9 @@ def open_folder(path: str, on_bad_row: str) -> tuple:
     rows = read_comparisons(path) if path else synthetic(DRAWN, held_out=True)
     found, prompts, sources = [], {}, set()
     for i in range(len(rows)):
-        try:
-            c = rows[i]
-        except BadRow as error:
-            if on_bad_row == "stop":
-                raise
-            found.append({"row": i + 1, "error": str(error)})
+        c = used_or_error(rows, i, lambda c: c, on_bad_row)
+        if isinstance(c, BadRow):
+            found.append({"row": i + 1, "error": str(c)})
             continue
         sources.add(c.source)
         found.append({"row": i + 1, "id": c.id, "category": c.category, "images": len(c.images),
@@ -369,10 +349,9 @@ def score_folder(model: RewardModel, directory: str, takes: dict, folder: tuple,
                 found[i].setdefault("critiques", {})[directory] = said.texts
     visual = [i for i in at if probe and found[i].get("images")]
     seen = [rows[i] for i in visual]
-    probes = {"removed": [remove_images(c) for c in seen], "shuffled": shuffle_images(seen)} if seen else {}
-    for key, changed in probes.items():  # skip: without its image a prompt may be empty
+    for key, changed in {"removed": [remove_images(c) for c in seen], "shuffled": shuffle_images(seen)}.items():
         for i, said in zip(visual, score_over_ranks(model, changed, tokens, "skip", f"{bar}, {KEYS[key]}")):
-            if isinstance(said, Score):
+            if isinstance(said, Score):  # without its image a prompt may be empty, and was skipped
                 found[i][key][directory] = said.rewards
 
 def score(cfg: "Config", device: torch.device):
@@ -410,15 +389,6 @@ def score(cfg: "Config", device: torch.device):
                                    }, found, rows
         del model
 
-def with_own_critiques(found: list[dict], rows, models: list[str]):
-    """The comparisons, each with the critiques that were written: what a critic's head is to be trained on after it has
-    learnt to write (CLoud, arXiv 2408.11791), since in use it reads its own."""
-    for row in found:
-        if "error" not in row:
-            yield replace(rows[row["row"] - 1], critiques=row["critiques"][models[0]])
-
-RECEIPT = {"model", "command", "commit", "date", "hardware", "dtype", "seconds"}  # what a line of facts has beside
-
 def rescored(cfg: "Config"):
     """What `score` yields, of files it left. Folders of --data, found by name, are for the pictures of report.html."""
     folders = {Path(path).resolve().name.removesuffix(".jsonl"): path for path in cfg.data}
@@ -428,8 +398,8 @@ def rescored(cfg: "Config"):
     for file in cfg.rescore:
         try:
             facts, *found = [json.loads(line) for line in Path(file).read_text(encoding="utf-8").splitlines()]
-            rows_whole = all("error" in row or row.keys() >= wanted for row in found)
-            if facts["benchmark"] not in METRICS or not rows_whole or not facts.keys() >= RECEIPT:
+            whole = all("error" in row or row.keys() >= wanted for row in found)
+            if facts["benchmark"] not in METRICS or not facts["model"] or not whole:
                 raise ValueError("keys are missing")
         except (OSError, ValueError, LookupError, TypeError, AttributeError):  # no such file, no JSON, or another's
             raise ValueError(f"--rescore {file}: this is not the predictions.jsonl of an earlier run") from None
@@ -462,25 +432,22 @@ def summarise(benchmark: str, rows: list[dict], grouping: str) -> dict:
             "prompts": len({row["prompt"] for row in good}), "pairs": sum(len(row["pairs"]) for row in good),
             "verdicts": sum(1 for _ in margins(good)), "ties": sum(margin == 0 for _, _, _, margin in margins(good)),
             "figures": metrics(benchmark, good, grouping),
-            "beyond": dict(sorted(figures(controls(good)).items())) | length_correlation(good)}
+            "beyond": dict(sorted(figures(controls(good)).items()))}
 
 def tables(summary: dict, benchmark: str, name: str) -> tuple[list, list]:
     """The published rows and this model's three lines by rising main figure; what is beyond accuracy."""
     found, (metric, main_figure) = summary["figures"], METRICS[benchmark]
     names = list(metric(defaultdict(float)) | found)
-    ours = [[row, *(form.format(**found[figure]) if figure in found else "" for figure in names)] for row, form in (
-        (name, "{value:.2f}"), ("95% interval", "{low:.1f} to {high:.1f}"), ("n", "{n:,}"))]
+    forms = "{value:.2f}", "{low:.1f} to {high:.1f}", "{n:,}"
+    ours = [[row, *(form.format(**found[figure]) if figure in found else "" for figure in names)]
+            for row, form in zip((name, "95% interval", "n"), forms)]
     blocks = [(found[main_figure]["value"] if main_figure in found else -1.0, ours)]
     for line in PUBLISHED.get(benchmark, "").splitlines()[1:]:
         row, values = line.split("|")[0].strip(), line.split("|")[1].split()
         blocks.append((float(values[names.index(main_figure)]), [[row, *values, *[""] * (len(names) - len(values))]]))
     first = sum((block for _, block in sorted(blocks)), [["model", *names]])
-    rest = [["measure", "value", "95% interval", "n"]]
-    for measure, f in summary["beyond"].items():
-        form = "{:.2f}" if "correlation" in measure else "{:.1f}"
-        value, low, high = (form.format(f[key]) for key in ("value", "low", "high"))
-        rest.append([measure, value, f"{low} to {high}", f"{f['n']:,}"])
-    return first, rest
+    rest = [[measure, *(form.format(**f) for form in forms)] for measure, f in summary["beyond"].items()]
+    return first, [["measure", "value", "95% interval", "n"], *rest]
 
 def markdown(table: list[list[str]]) -> str:
     """Aligned, so that it reads as well in a terminal; what would break the table or the terminal is made harmless."""
@@ -498,8 +465,7 @@ body { font: 15px/1.5 system-ui, sans-serif; margin: auto; padding: 1rem; max-wi
 table { border-collapse: collapse; display: block; overflow-x: auto; white-space: nowrap; font-size: .87em }
 td { padding: .3em .6em; border-bottom: var(--line); text-align: right } td:first-child { text-align: left }
 tr:first-child, .bold { font-weight: bold; background: #8882 } .soft { opacity: .75; font-size: .87em }
-button { font: inherit; margin: .2em; border: var(--line); border-radius: 1em; background: none }
-button[aria-pressed=true] { background: #2563eb; color: white } svg { max-width: 100%; height: auto }
+select { font: inherit; padding: .2em } svg { max-width: 100%; height: auto }
 article { display: flex; flex-wrap: wrap; align-items: start; gap: 1em; padding: 1em; margin: 1em 0 }
 article { border: var(--line) } article img { width: 15em } article div { flex: 1 1 20em; min-width: 0 }
 .answers { display: grid; gap: 1em; grid-template-columns: repeat(auto-fit, minmax(min(26em, 100%), 1fr)) }
@@ -513,29 +479,25 @@ h1 { font-size: 1.4em } </style><h1>{{ title }}</h1>
 {% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}</table>
 {{ section.html }}
 {% set groups = section.cards | groupby("category", case_sensitive=true) %}
-{% for name, cards in [("", section.cards)] + groups if groups | length > 1 %}
-<button data-category="{{ name }}" onclick="show(dataset.category)">{{ name or "all" }} {{ cards | length }}</button>
-{% endfor %}
+{% if groups | length > 1 %}<select aria-label="category" onchange="for (const card of
+document.querySelectorAll('article')) card.hidden = value && card.dataset.category != value">
+{% for name, cards in [("", section.cards)] + groups %}
+<option value="{{ name }}">{{ name or "all" }} {{ cards | length }}</option>
+{% endfor %}</select>{% endif %}
 {% for card in section.cards %}<article data-category="{{ card.category }}">
 {% for uri in card.pictures %}<img alt="" src="{{ uri }}">{% endfor %}
 <div><b>{{ card.facts | join(" · ") }}</b><div class="text">{{ card.text }}</div><div class="answers">
 {% for answer in card.answers %}<div class="{{ answer.name }}"><div class="soft">{{ answer.facts | join(" · ") }}</div>
 <div class="text">{{ answer.text }}</div></div>{% endfor %}</div></div></article>{% endfor %}
 {% if section.pre %}<pre>{{ section.pre }}</pre>{% endif %}
-{% endfor %}<script>
-function show(category) {
-  for (const card of document.querySelectorAll("article")) card.hidden = category && card.dataset.category != category;
-  for (const button of document.querySelectorAll("button")) button.ariaPressed = button.dataset.category == category;
-}
-show("");
-</script></html>
+{% endfor %}</html>
 """)
 
 def page(title: str, sections: list[dict]) -> str:
     """An HTML page that needs no network and runs nothing of what it shows: all but Markup is escaped.
 
     A section's keys, each optional, in the order they are shown: heading; text, paragraphs; table, rows of strings;
-    bold, the first cell of a row to stress; html, Markup; cards, with buttons to filter them: {category, pictures
+    bold, the first cell of a row to stress; html, Markup; cards, with a filter of them: {category, pictures
     (data URIs), facts, text, answers: [{name (chosen is green, rejected red), facts, text}]}; pre, a text as it is."""
     return PAGE.render(title=title, sections=sections).encode("utf-8", "replace").decode()
 
@@ -556,14 +518,12 @@ def mistakes(found: list[dict], rows, worst: int) -> tuple[list[dict], int]:
     for margin, number, winner, loser in sorted(wrong)[:worst]:
         row, c = found[number - 1], rows[number - 1]
         messages = [f"{m['role']}: {m['content']}" for m in to_messages(c.prompt, c.images)]
-        wrote = [texts for texts in row.get("critiques", {}).values() if "verdicts" not in row]
-        answers = [{"name": name, "facts": [name, f"reward {row['rewards'][k]:.3f}"], "text": "\n\n".join(
-            [c.responses[k], *(f"critique: {texts[k]}" for texts in wrote)])}
-                   for name, k in (("chosen", winner), ("rejected", loser))]
-        if "verdicts" in row and "critiques" in row:  # thoughts: the two orders of each pair
-            p, (thoughts,) = row["pairs"].index([winner, loser]), row["critiques"].values()
-            answers += [{"facts": [f"judge, {name} shown first"], "text": text}
-                        for name, text in zip(("chosen", "rejected"), thoughts[2 * p:2 * p + 2])]
+        p, answers = row["pairs"].index([winner, loser]), []
+        for order, (name, k) in enumerate((("chosen", winner), ("rejected", loser))):
+            said = [f"judge, shown this first: {texts[2 * p + order]}" if "verdicts" in row else f"critique: {texts[k]}"
+                    for texts in row.get("critiques", {}).values()]
+            answers.append({"name": name, "facts": [name, f"reward {row['rewards'][k]:.3f}"],
+                            "text": "\n\n".join([c.responses[k], *said])})
         cards.append({"category": row["category"] or "no category", "text": "\n\n".join(messages), "answers": answers,
                       "facts": [f"margin {margin:.3f}", row["category"], row["id"], f"row {number}"],
                       "pictures": [uri for image in c.images for uri in thumbnails(image)]})
@@ -576,12 +536,12 @@ def leave(out: Path, facts: dict, found: list[dict], rows, cfg: "Config") -> tup
     if len(facts["model"]) == 1:  # in an ensemble a judge's preferences are rewards like any other's
         notes += [note.format(**facts) for kind, note in PARADIGM_NOTES.items() if kind in facts.get("paradigms", [])]
     table, rest = tables(summary, benchmark, name)
-    complete = summary["rows"] == summary["expected"]
+    complete, judge = summary["rows"] == summary["expected"], summary["verdicts"] != summary["pairs"]
     count = "{rows:,} rows" if complete else "{rows:,} OF {expected:,} ROWS ({missing:.200})"
-    verdicts = ", {verdicts:,} verdicts" * (summary["verdicts"] != summary["pairs"])  # a judge's
-    count = (count + ", {prompts:,} prompts, {pairs:,} pairs" + verdicts + ", {ties:,} ties").format(**summary)
-    first = printable(f"{out.name} ({benchmark}, {cfg.grouping} grouping): {count}")
-    receipt = "{command} · commit {commit} · {date} · {hardware} · {dtype} · {seconds} s".format(**facts)
+    count += ", {prompts:,} prompts, {pairs:,} pairs" + ", {verdicts:,} verdicts" * judge + ", {ties:,} ties"
+    first = printable(f"{out.name} ({benchmark}, {cfg.grouping} grouping): {count.format(**summary)}")
+    receipt = "{command} · commit {commit} · {date} · {hardware} · {dtype} · {seconds} s"
+    receipt = receipt.format_map(defaultdict(str, facts))
     text = printable("\n\n".join([first, markdown(table), *notes, markdown(rest), receipt]))
     write_text(out / "summary.json", json.dumps(facts | summary, indent=1) + "\n")
     write_text(out / "table.md", text + "\n")
@@ -628,17 +588,18 @@ def main(cfg: Config) -> None:
         if dist.get_rank() == 0:
             if not cfg.rescore:  # first of all, so that nothing below can lose them
                 write_text(out / "predictions.jsonl", "".join(json.dumps(row) + "\n" for row in [facts, *found]))
-            if cfg.write_critiques:
-                write_comparisons(cfg.write_critiques, with_own_critiques(found, rows, cfg.model))
+            if cfg.write_critiques:  # for a critic's head to train on: in use it reads its own (CLoud, 2408.11791)
+                good = (row for row in found if "error" not in row)
+                write_comparisons(cfg.write_critiques, (
+                    replace(rows[row["row"] - 1], critiques=row["critiques"][cfg.model[0]]) for row in good))
             folders[out.name], text = leave(out, facts, found, rows, cfg)
             say(f"{text}\n\nwrote it into {out}\n")
             texts.append(text)
             values |= {(facts["benchmark"], name): f["value"] for name, f in folders[out.name].items()}
     if len(texts) > 1:
-        means = averages(values)
-        table = [["average as in the paper's Table 6", "value"], *([name, f"{v:.1f}"] for name, v in means.items())]
-        if means:
-            texts.append(markdown(table))
+        if means := averages(values):
+            table = [[name, f"{value:.1f}"] for name, value in means.items()]
+            texts.append(markdown([["average as in the paper's Table 6", "value"], *table]))
             say(texts[-1])
         write_text(out.parent / "table.md", "\n\n".join(texts) + "\n")
         write_text(out.parent / "summary.json", json.dumps({"averages": means, "folders": folders}, indent=1) + "\n")

@@ -497,8 +497,14 @@ class Processor:
 
 ROLES = ("system", "user", "assistant", "tool")
 
+def printable(text: str) -> str:
+    """With control characters written out: a text from elsewhere may hold commands to the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
 def one_line(text) -> str:
-    return " ".join(str(text).split())[:200]
+    """A text on one line of 300 characters at most, cut in the middle: place and remedy stand at its ends."""
+    text = printable(" ".join(str(text).split()))
+    return text if len(text) <= 300 else f"{text[:215]} ... {text[-80:]}"
 
 def check_text(text, what: str) -> None:
     """ValueError if `text` is no text, or holds half of a surrogate pair, which no tokenizer takes."""

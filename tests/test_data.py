@@ -142,7 +142,7 @@ def test_a_row_that_cannot_be_encoded_names_its_place(tmp_path, tiny):
     assert encode_row(rows, 0, tiny.processor).response_ids == encode(rows[0], tiny.processor).response_ids
     with pytest.raises(BadRow, match="comparisons.jsonl:2: image .*gone.png does not exist"):
         encode_row(rows, 1, tiny.processor)
-    with pytest.raises(BadRow, match="^drawn comparison 1: "):
+    with pytest.raises(BadRow, match="^synthetic comparison 1: "):
         encode_row([Comparison("?", ["a", "b"], images=["gone.png"], source="synthetic")], 0, tiny.processor)
 
 

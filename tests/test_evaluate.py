@@ -18,7 +18,7 @@ import evaluate
 import train
 from conftest import ROOT, TORCHRUN, command
 from data import BENCHMARKS, BadRow, synthetic, write_comparisons
-from evaluate import (ALL, METRICS, NOTES, PUBLISHED, SECTIONS, Config, averages, controls, figures, leave, length_correlation, main,
+from evaluate import (ALL, METRICS, NOTES, PUBLISHED, SECTIONS, Config, averages, controls, figures, leave, main,
                       markdown, metrics, page, summarise, tables, weigh)
 from model import Comparison, RewardModel, Score
 
@@ -227,19 +227,14 @@ def test_few_prompts_are_drawn_more_often():
 
 
 def test_length_bias_tells_words_from_worth():
-    """Rewards equal to the logarithm of length: correlation 1, and the longer response always wins. People chose it in 1 of 2 pairs.
+    """Rewards equal to the logarithm of length: the longer response always wins. People chose it in 1 of 2 pairs.
 
-    Of the three pairs one is length-matched (10 and 10 characters), and its rewards tie: 0 right of 1. What a prompt adds to all its
-    rewards (here 100 times its number) says nothing.
+    Of the three pairs one is length-matched (10 and 10 characters), and its rewards tie: 0 right of 1.
     """
     rows = [{"category": "", "prompt": i, "pairs": [[0, 1]], "characters": length,
-             "rewards": (torch.tensor(length).double().log1p() + 100 * i).tolist()}
-            for i, length in enumerate(([10, 20], [30, 5], [10, 10]))]
+             "rewards": list(map(math.log, length))} for i, length in enumerate(([10, 20], [30, 5], [10, 10]))]
     found = {name: f["value"] for name, f in figures(controls(rows)).items() if "sigmoid" not in name}
     assert found == {"length-matched pairs": 0, "the label prefers the longer": 50, "the model prefers the longer": 100}
-    assert length_correlation(rows)["correlation of reward and length"]["value"] == pytest.approx(1)
-    assert length_correlation(rows)["correlation of reward and length"]["n"] == 6  # responses
-    assert length_correlation([row | {"rewards": [1.0, 1.0]} for row in rows]) == {}  # 0/0
 
 
 def test_a_tie_is_no_choice_of_the_longer():
@@ -364,7 +359,7 @@ def test_rescoring_gives_every_table_again_without_a_model(scored, folder, tmp_p
 def test_incomplete_predictions_are_refused_in_one_line(key, tmp_path):
     """A row without one of the keys that the tables need, a half line, facts of no benchmark, and JSON of another kind."""
     file = tmp_path / "predictions.jsonl"
-    facts, (row,) = dict.fromkeys(evaluate.RECEIPT, "") | {"benchmark": "comparisons", "model": ["m"]}, rows_of(("a", "b", 1))
+    facts, (row,) = {"benchmark": "comparisons", "model": ["m"]}, rows_of(("a", "b", 1))
     lost = {name: value for name, value in row.items() if name != key}
     for lines in ([facts, row, lost], [row, row], [], [{"benchmark": "comparisons"}, row], [facts | {"benchmark": []}, row], [[1], row], [facts, 3], [facts, "row"]):
         file.write_text("\n".join(map(json.dumps, lines)) + "\n" + '{"half' * (key == "row"))
@@ -548,7 +543,7 @@ def test_a_page_shows_the_parts_that_a_section_names_and_half_a_surrogate_pair_d
                         {"cards": [card, card | {"category": "C"}]}])
     assert "&lt;t&gt;" in text and "<h2>h&amp;</h2>" in text and "<p class=\"soft\">two</p>" in text and "<pre>&lt;p&gt;</pre>" in text
     assert "<td>a</td>" in text and re.search(r'class="bold">\s*<td>b</td>', text) and "<b>first · second</b>" in text
-    assert text.count("<article") == 2 and text.count("<button") == 3 and text.encode()
+    assert text.count("<article") == 2 and text.count("<option") == 3 and text.encode()
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -567,10 +562,11 @@ const look = width => new Promise(done => { const f = document.createElement("if
   f.onload = () => { const d = f.contentDocument, shown = () => [...d.querySelectorAll("article")].filter(a => a.offsetHeight);
     const all = shown().length, wide = d.documentElement.scrollWidth, \
 columns = getComputedStyle(d.querySelector(".answers")).gridTemplateColumns;
-    const broken = [...d.images].filter(i => !i.naturalWidth).length, button = d.querySelectorAll("button")[1];
-    f.contentWindow.show(button.dataset.category);
+    const broken = [...d.images].filter(i => !i.naturalWidth).length, select = d.querySelector("select");
+    select.selectedIndex = 1;
+    select.dispatchEvent(new f.contentWindow.Event("change"));
     out.push({width, wide, all, broken, columns: columns.split(" ").length, filtered: shown().length,
-              other: shown().filter(a => a.dataset.category != button.dataset.category).length}); done() };
+              other: shown().filter(a => a.dataset.category != select.value).length}); done() };
   document.body.append(f) });
 (async () => { await look(360); await look(1200); document.body.textContent = JSON.stringify(out) })();
 </script>""" % json.dumps(report).replace("</", "<\\/"))
@@ -592,7 +588,7 @@ columns = getComputedStyle(d.querySelector(".answers")).gridTemplateColumns;
     (dict(model=["nowhere"]), "nowhere/config.json"),
     (dict(model=["TINY"]), "is not a saved reward model"),
     (dict(model=["EYES"], data=["nowhere"]), "nowhere"),
-    (dict(model=["TEXT"]), "drawn comparison 1: the prompt has 1 images but the backbone is text-only"),
+    (dict(model=["TEXT"]), "synthetic comparison 1: the prompt has 1 images but the backbone is text-only"),
     (dict(model=["EYES"], route=True), "--route sends prompts without images to a text-only model"),
     (dict(model=["EYES", "TEXT"], ensemble="accuracy"), "give --validation FOLDER"),
     (dict(model=["EYES"], data=["DATA", "DATA"]), "two folders of one name"),

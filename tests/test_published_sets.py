@@ -167,7 +167,8 @@ def test_only_the_judges_own_output_format_is_cut_from_response_2():
     for first, second in (answers, answers[::-1]):
         asked = [{"role": "user", "content": [{"type": "text", "text": text.format(first, second)}]}]
         row = {"message": json.dumps(asked), "answer": ["<answer>2</answer>"], "image": "x.png"}
-        assert data.r1_reward(row)["responses"] == [second, first]
+        made = data.r1_reward(row)
+        assert (made["chosen"], made["rejected"]) == (second, first)
 
 
 def test_scores_are_compared_where_both_are_known():
@@ -317,7 +318,7 @@ def test_a_row_that_repeats_an_earlier_one_is_dropped_whether_it_agrees_or_not(t
     report = convert("pairs", write_lines(tmp_path / "a.jsonl", rows), tmp_path / "out")
     assert [c.prompt for c in comparisons(tmp_path / "out")] == ["Is it red?", "Is it blue?", "Is it green?"]
     assert report["dropped"] == {"duplicate of an earlier row": 2, "contradicts an earlier row": 1}
-    assert report["first_dropped"]["contradicts an earlier row"] == "a.jsonl:4"
+    assert report["first_dropped"]["contradicts an earlier row"].startswith("a.jsonl:4: ")
 
 
 def test_bad_images_are_dropped_under_their_reasons(tmp_path):
@@ -552,7 +553,7 @@ def test_a_benchmark_is_a_data_set_whose_rows_all_stay(name, files, rows, catego
 
 def test_a_benchmark_that_is_whole_says_so(tmp_path, monkeypatch):
     monkeypatch.setitem(data.BENCHMARKS, "rm-bench", 5)
-    assert benchmark("rm-bench", ["total_dataset.json"], tmp_path / "out")["benchmark"] == "5 rows, as published"
+    assert benchmark("rm-bench", ["total_dataset.json"], tmp_path / "out")["benchmark"] == "5 rows of 5 published"
 
 
 def test_a_checkout_of_multimodal_rewardbench_is_read_from_its_root(tmp_path):
@@ -617,7 +618,7 @@ def test_the_split_of_a_prior_set_counts_not_its_column_and_its_longer_namesake_
     ("rewardbench", {"prompt": "?", "chosen": "a", "rejected": "b"}, "no field subset"),
     ("rewardbench", {"prompt": "?", "chosen": None, "rejected": "b", "subset": "shp"}, "no field chosen"),
     ("rm-bench", {"id": 1, "prompt": "?", "chosen": ["a"] * 3, "rejected": ["b"] * 3}, "domain 'rows'; want one of"),
-    ("rm-bench", 3, "found int, want a JSON object"), ("rm-bench", "{", "malformed JSON")])
+    ("rm-bench", 3, "unexpected layout: AttributeError: 'int'"), ("rm-bench", "{", "malformed JSON")])
 def test_a_benchmarks_row_that_is_of_no_use_stops_the_conversion_or_is_skipped(name, content, words, tmp_path):
     """A figure over fewer rows would not be the benchmark's."""
     good = {"vl-rewardbench": "vl_rewardbench.json", "mm-rlhf-rewardbench": "mm_reward_bench.jsonl", "rm-bench":

@@ -807,8 +807,7 @@ def load_image(source, folder: Path) -> tuple[str, dict[str, bytes], Image.Image
     if not isinstance(source, bytes) and not (source := find(folder, path := source)):
         raise ValueError(f"missing image: {path} is not in {folder}")
     try:
-        frames = frames_of(source) if is_video(source) else [source]
-        decoded = open_frames(source) if is_video(source) else [open_image(source)]
+        frames, decoded = frames_of(source), open_frames(source)
         if len({image.size for image in decoded}) > 1:
             raise ValueError(f"the frames of {source} have different sizes")
         encoded = [frame if isinstance(frame, bytes) else Path(frame).read_bytes() for frame in frames]
@@ -855,7 +854,7 @@ def read_benchmarks(folders) -> dict[int, list]:
     for folder in folders:
         rows = read_comparisons(folder, needs_responses=False)
         for i, c in enumerate(rows):
-            images = [open_frames(image)[0] if is_video(image) else open_image(image) for image in c.images]
+            images = [open_frames(image)[0] for image in c.images]
             for key, image in traces(c, images):
                 known.setdefault(key, []).append((image and thumbprint(image), rows.place(i)))
     return known
@@ -883,6 +882,8 @@ def curate(item, name: str, cfg: "Config", out: Path, benchmarks) -> tuple:
     Returns the comparison, its prompt's text, tokens of prompt and longest response, and where a benchmark has it."""
     place, row, part, folder = item
     row, is_benchmark = from_json(row), name in BENCHMARKS
+    if not isinstance(row, dict):
+        raise ValueError(f"found {type(row).__name__}, want a JSON object")
     try:
         row = {key: value for key, value in row.items() if value is not None}  # in parquet what is absent is null
         made = SETS[name].read(row | {"part": part} if is_benchmark else row)
@@ -1025,7 +1026,7 @@ def described(c: Comparison) -> str:
         raise ValueError("neither pairs nor an answer: nothing to learn from")
     lines = [f"{c.category} {c.id}", text_of_prompt(c)]
     for image in c.images:
-        frames = open_frames(image) if is_video(image) else [open_image(image)]
+        frames = open_frames(image)
         lines.append(f"  image   {image}, {frames[0].width} x {frames[0].height}, frames: {len(frames)}")
     for j, response in enumerate(c.responses):
         beats = ", ".join(str(loser) for winner, loser in c.pairs if winner == j)

@@ -35,7 +35,7 @@ from transformers.hf_argparser import HfArg
 
 from data import (BENCHMARKS, BadRow, place, read_comparisons, remove_images, shuffle_images, synthetic,
                   write_comparisons)
-from model import RewardModel, Score, is_video, margins_of, one_line, open_frames, open_image, printable, to_messages
+from model import RewardModel, Score, margins_of, one_line, open_frames, printable, to_messages
 from train import check_numbers, command_line, say, score_over_ranks, start_processes, used_or_error, write_text
 
 ALL = "accuracy"  # the group of every pair
@@ -504,7 +504,7 @@ def page(title: str, sections: list[dict]) -> str:
 def thumbnails(source) -> list[str]:
     """The picture as a JPEG of at most 448 pixels in a data URI; of a video four frames."""
     out = []
-    for image in open_frames(source, 4) if is_video(source) else [open_image(source)]:
+    for image in open_frames(source, 4):
         image.thumbnail((448, 448))
         image.save(file := io.BytesIO(), "JPEG", quality=82)
         out.append(f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}")

@@ -81,7 +81,7 @@ def table_1(here: Path, seed: int, options) -> list[tuple]:
     prompts = ["data.py", "synthetic", "--out", here / "drawn", "--n", options.rl_steps * 8, "--seed", 5_000_000 + seed]
     judge = ["data.py", "judge", "--source", here / "drawn", "--out", here / "judge-prompts"]
     reinforce = ["rl_demo.py", "--policy", here / "thinking", "--reward rule --reward_model", here / "naive", "--data", here / "judge-prompts", "--out", rl,
-                 "--batch_size 16 --lr 2e-4 --max_new_tokens 40 --pack_tokens 1024 --max_pixels 12544 --eval_size 16",
+                 "--batch_size 16 --lr 5e-5 --max_new_tokens 40 --pack_tokens 1024 --max_pixels 12544 --eval_size 16",
                  "--save_every 0 --max_steps", options.rl_steps, "--seed", seed]
     return [
         ("naive", "70.0 64.5 75.6", [run("naive")], "naive", ""),

@@ -618,7 +618,7 @@ def test_the_split_of_a_prior_set_counts_not_its_column_and_its_longer_namesake_
     ("rewardbench", {"prompt": "?", "chosen": "a", "rejected": "b"}, "no field subset"),
     ("rewardbench", {"prompt": "?", "chosen": None, "rejected": "b", "subset": "shp"}, "no field chosen"),
     ("rm-bench", {"id": 1, "prompt": "?", "chosen": ["a"] * 3, "rejected": ["b"] * 3}, "domain 'rows'; want one of"),
-    ("rm-bench", 3, "unexpected layout: AttributeError: 'int'"), ("rm-bench", "{", "malformed JSON")])
+    ("rm-bench", 3, "found int, want a JSON object"), ("rm-bench", "{", "malformed JSON")])
 def test_a_benchmarks_row_that_is_of_no_use_stops_the_conversion_or_is_skipped(name, content, words, tmp_path):
     """A figure over fewer rows would not be the benchmark's."""
     good = {"vl-rewardbench": "vl_rewardbench.json", "mm-rlhf-rewardbench": "mm_reward_bench.jsonl", "rm-bench":

@@ -125,7 +125,7 @@ VISUAL = ("colour", "shape", "count", "position", "describe")  # categories that
 
 def synthetic(n: int, seed: int = 0, held_out: bool = False) -> list[Comparison]:
     """n comparisons of coloured shapes on drawn pictures, and some on a text. Those `held_out`, for examinations, share
-    no text with the others, whatever the two seeds, and a picture but by a chance of one in millions."""
+    no box with the others, whatever the two seeds, and a picture but by a chance of one in millions."""
     return [synthetic_comparison(seed, i, held_out) for i in range(n)]
 
 def synthetic_comparison(seed: int, i: int, held_out: bool) -> Comparison:

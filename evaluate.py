@@ -115,7 +115,7 @@ def controls(rows):
         if size != other:
             yield "the label prefers the longer", row["prompt"], size > other
             yield "the model prefers the longer", row["prompt"], margin * (size - other) > 0
-        if abs(margin) not in (0, 1):  # the verdicts of a judge that thinks, which says no probability
+        if abs(margin) not in (0, 1):  # not of a judge that thinks: 1 or 0 is no probability
             sure = min(int(10 / (1 + math.exp(-abs(margin)))), 9) / 10  # the probability it gives what it prefers
             yield f"right where sigmoid(margin) is {sure:.1f} to {sure + 0.1:.1f}", row["prompt"], margin > 0
     for row in rows:  # of judges; verdicts of exactly 0 could not be read

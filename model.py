@@ -93,7 +93,7 @@ class Encoded:
 def encode(comparison: Comparison, processor: "Processor") -> Encoded:
     """The tokens of the prompt once, and of each response on its own, so that no token spans the border between them.
 
-    The only place where texts become tokens: training, evaluation and RL all come through here. A text that writes
+    processor: the tokenizer, the image processor, and how this family of backbones takes pictures. A text that writes
     "<|im_end|>" is read as these characters with a space after the first: it cannot end its turn or forge another's.
     ValueError, one line: marks and images do not match, an image cannot be used, or the backbone cannot see.
     """
@@ -179,7 +179,7 @@ class Pack:
     pairs: torch.Tensor  # (B, 2) indices into the R responses
     pixel_values: torch.Tensor  # (P, channels*2*14*14)
     image_grid_thw: torch.Tensor  # (N, 3)
-    blocks: list[tuple]  # for `attend`: (tokens of prompt and of each response, branch_mask if it is small) of each
+    blocks: list[tuple]  # a comparison each: ([tokens of prompt, response 1 ...], branch_mask, or None if it is long)
 
     def to(self, device) -> "Pack":
         moved = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, torch.Tensor)}
@@ -251,8 +251,8 @@ def embed(backbone, pack: Pack) -> tuple[torch.Tensor, dict]:
     return embeddings.masked_scatter(of_image[:, None], features.to(embeddings.dtype)), options
 
 def hidden_states(backbone, pack: Pack) -> torch.Tensor:
-    """Final hidden states (T, D) of a pack. `attend` (below) gives each comparison of `blocks` its own branch_mask."""
-    no_mask = torch.zeros(1, 1, 1, 1, device=pack.input_ids.device)  # of 4 dimensions: transformers makes none itself
+    """Final hidden states (T, D) of a pack. `attend` (below) attends within a comparison, under its branch_mask."""
+    no_mask = torch.zeros(1, 1, 1, 1, device=pack.input_ids.device)  # 4-D, so that transformers adds none of its own
     row, more = embed(backbone, pack)  # (T, D)
     out = decode(backbone, row[None], pack.positions[:, None], no_mask, blocks=pack.blocks, use_cache=False, **more)
     return out.last_hidden_state[0]
@@ -284,7 +284,7 @@ def build_head(width: int, layers: int = 2, activation: str = "silu") -> nn.Sequ
 
 class RewardModel(nn.Module):
     """A backbone without its vocabulary head, and a small head that turns the end of a response into its reward: the
-    paper's naive paradigm, its best. A critic has the vocabulary head too, a generative one has it alone (section 7).
+    paper's naive paradigm, its pick. A critic has the vocabulary head too, a generative one has it alone (section 7).
     Below the line: score_many, from_backbone, from_pretrained, save_pretrained."""
 
     def __init__(self, lm, head: nn.Sequential | None, processor: "Processor", config: dict):
@@ -299,12 +299,12 @@ class RewardModel(nn.Module):
     device = property(lambda self: next(self.parameters()).device)
 
     def forward(self, pack: Pack) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rewards (R,), and the cross entropy () of the texts to be learnt, the sum of each one's mean over its tokens;
-        both in fp32. On CUDA the backbone computes in bf16; its weights stay as they were loaded."""
+        """Rewards (R,), and a scalar: the cross entropy of critiques or thoughts, for each a mean over its tokens, all
+        added up; in fp32. On CUDA the backbone computes in bf16; its weights stay as they were loaded."""
         cross_entropy = torch.zeros((), device=self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             hidden = hidden_states(self.backbone, pack)  # (T, D)
-            if self.head is None or self.lm_head is not None and self.training:  # what it says, or learns to say
+            if self.head is None or self.lm_head is not None and self.training:  # a judge, or a critic that learns
                 keep = slice(None) if self.head is None else pack.text_weight > 0
                 logprobs = response_logprobs(self.lm_head, hidden, pack, keep)
                 cross_entropy = -(pack.text_weight[keep] * logprobs).sum()

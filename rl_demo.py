@@ -1,13 +1,14 @@
 """GRPO with the reward model, and what it does to the true accuracy of a policy: BaseReward (arXiv 2509.16127), 5.4.
 
-Read: to the double line, 15 minutes; `grpo_step` is the algorithm. A policy gives log-probabilities of responses.
+Read: to the double line, 15 minutes; `grpo_step` is the algorithm.
 
     python train.py && python rl_demo.py             a tiny policy, then four rewards: 90 s for each of the five
     torchrun --nproc_per_node 8 rl_demo.py --policy Qwen/Qwen2.5-VL-3B-Instruct --reward_model DIR --data FOLDER \\
              --reward hybrid --gradient_checkpointing            the real thing: rows with a `prompt` and an `answer`
 
-A policy writes answers (rollouts), the reward model pays for them, and the policy moves towards the better paid ones.
-One step of GRPO (arXiv 2402.03300), with the numbers that stand in the code. pi is the policy, ref its frozen start:
+A policy, a language model, writes answers (rollouts), the reward model pays for them, and the policy moves towards the
+better paid. One step of GRPO (arXiv 2402.03300), numbered as in the code below; pi is the policy, ref its frozen start,
+beta kl_coef:
 
     1  prompts      batch_size prompts x, fixed by (seed, step) alone; rank r of w takes every w-th
     2  rollouts     y_1 ... y_G drawn from pi(. | x) at temperature 1, each until <|im_end|> or max_new_tokens
@@ -23,9 +24,9 @@ One step of GRPO (arXiv 2402.03300), with the numbers that stand in the code. pi
     5  logprobs     l_t = log pi(y_t | x, y_<t) of every rollout token; l_old at the first pass, l_ref under ref
     6  loss         rho_t = exp(l_t - l_old_t)
                     k3_t = exp(l_ref_t - l_t) - (l_ref_t - l_t) - 1, an estimate of KL(pi | ref), never < 0
-                    loss = -1/N sum_t [min(rho_t A, clip(rho_t, 1 - eps, 1 + eps_high) A) - beta k3_t], N tokens in all
+                    loss = -1/N sum_it [min(rho_t A_i, clip(rho_t, 1 - eps, 1 + eps_high) A_i) - beta k3_t], N tokens
     7  update       clip the gradient, AdamW; then 5 to 7 again if passes > 1, with l_old as it was
-At the first pass rho = 1, and the first term's gradient is REINFORCE's, A times that of l; the other pulls back to ref.
+At the first pass rho = 1: the first term's gradient is A_i times that of l_t (REINFORCE); k3 pulls pi back to ref.
 
 Writes into OUT: policy/ (the tiny start), start.json; for each reward REWARD/metrics.jsonl, result.json, policy/ (and
 checkpoint.pt while unfinished); table.md, summary.json, curves.svg (by matplotlib), index.html.
@@ -63,7 +64,7 @@ from train import (check_numbers, claim_folder, command_line, complain, curve, d
                    gather_objects, open_log, read_log, read_state, say, spread, start_processes, stop_signals,
                    write_text)
 
-# 3  Rewards R (G,) of a group; what a group has, `roll_out` says
+# 3  Rewards R (G,) of a group, the G rollouts of one prompt; what else it has, `roll_out` says
 def rule(group):
     return group.matches.float()
 

@@ -93,7 +93,7 @@ def main(cfg: "Config") -> int:
             counts = gather([share.pairs, share.texts, share.tokens, share.bad_rows, share.too_long,
                              len(share.packs), stop]).long()
             pairs, texts, tokens, bad_rows, too_long, packs = counts[:, :6].sum(dim=0).tolist()
-            micro_steps, status = counts[:, 5:].amax(dim=0).tolist()  # the most packs of a rank
+            micro_steps, status = counts[:, 5:].amax(dim=0).tolist()  # largest: packs of a rank, reason to stop
             if status:
                 break
             optimizer.param_groups[0]["lr"] = lr = learning_rate(share.step, steps, cfg)

@@ -32,14 +32,16 @@ from two_ranks import gradient, gradient_in_paradigm, stop_after
 
 def draw(folder):
     """24 drawn comparisons, laid so that of the first step's rows the first of two ranks gets those with an image, the
-    second those without: lines of equal length are dealt out in turn."""
+    second those without: lines of equal length are dealt out in turn. Every third is held.jsonl too, to be examined on."""
     visual, text = ([c for c in synthetic(200) if bool(c.images) == kind][:12] for kind in (True, False))
     rows = [None] * 24
     for place, (_, row) in enumerate(Order([[1] * 24], [1.0], batch_size=64, seed=0).step(0)):
         rows[row] = (text if place % 2 else visual)[place // 2]
     write_comparisons(folder, rows, bar=False)
     lines = (folder / "comparisons.jsonl").read_text().splitlines()
-    (folder / "comparisons.jsonl").write_text("".join(f"{line[:-1]:700}}}\n" for line in lines))
+    lines = [f"{line[:-1]:700}}}\n" for line in lines]
+    (folder / "comparisons.jsonl").write_text("".join(lines))
+    (folder / "held.jsonl").write_text("".join(lines[::3]))
     return folder
 
 
@@ -55,8 +57,8 @@ def cfg(backbones, drawn, tmp_path):
 
 
 def small_run(backbone, data, out):
-    return Config(backbone=str(backbone), data=[str(data)], eval_data=[str(data)], out=str(out), lr=1e-3, batch_size=8,
-                  max_steps=6, max_pixels=112 * 112, pack_tokens=512, eval_every=0).resolved()
+    return Config(backbone=str(backbone), data=[str(data)], eval_data=[f"{data}/held.jsonl"], out=str(out), lr=1e-3,
+                  batch_size=8, max_steps=6, max_pixels=112 * 112, pack_tokens=512, eval_every=0).resolved()
 
 
 def flags(cfg):
@@ -543,7 +545,7 @@ def test_updates_begin_as_the_base_model_and_merge_into_an_ordinary_one(backbone
 
 
 def test_a_run_with_lora_trains_updates_and_head_alone_and_resumes_bit_for_bit(cfg, backbones, tmp_path, monkeypatch):
-    low = replace(cfg, lora=4, gradient_checkpointing=True)
+    low = replace(cfg, lora=4, gradient_checkpointing=True, max_steps=4, eval_data=[], eval_size=0)
     assert main(low) == 0
     part = replace(low, out=str(tmp_path / "part"))
     with monkeypatch.context() as patch:
@@ -562,7 +564,7 @@ def test_a_run_with_lora_trains_updates_and_head_alone_and_resumes_bit_for_bit(c
             with monkeypatch.context() as patch:
                 if stop:
                     patch.setattr(train, "learning_rate", stop_after(stop))
-                main(replace(low, out=str(tmp_path / folder), shard="all", max_steps=4, resume=True))
+                main(replace(low, out=str(tmp_path / folder), shard="all", resume=True))
     whole, resumed = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
     eyes = replace(low, overwrite=True, lora_vision=True, max_steps=1)

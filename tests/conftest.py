@@ -65,6 +65,11 @@ def command(make):
     return ended
 
 
+def pytest_collection_modifyitems(items):
+    """Those that wait for a command come last: until then the others are run beside it."""
+    items.sort(key=lambda item: not COMMANDS.keys().isdisjoint(item.fixturenames))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def begun(request, one_thread, tmp_path_factory, backbones):
     """{name: future of (folder, process)}, or the error of making what the command needs."""
@@ -90,8 +95,8 @@ TWO_RANKS = {}  # {name of a script: function(folder, backbones) that makes what
 
 @command
 def two_ranks(folder, backbones):
-    """All that needs two processes, in one torchrun, which loads torch once for each: folder/SCRIPT is what it leaves of
-    each script. What the tests compare with it is done by one process."""
+    """All that needs two processes, in one torchrun, which loads torch once for each: folder/SCRIPT is what it leaves
+    of each script. What the tests compare with it is done by one process."""
     for script, make in TWO_RANKS.items():
         (folder / script).mkdir()
         (folder / script / "settings.json").write_text(json.dumps(make(folder / script, backbones)))

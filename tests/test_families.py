@@ -209,7 +209,7 @@ def test_the_published_configuration_trains_two_steps(published, kind):
     video = Comparison("<video>What moves?", ["nothing", "it"], [(1, 0)], [moving(2, (84, 84))])
     items = [encode(c, model.processor) for c in (COMPARISONS["text, K = 4"], COMPARISONS["one image"], video)]
     assert (model(pack(items))[0] - stock_rewards(model, items)).abs().max() < 1e-5
-    optimizer, losses, packed = torch.optim.AdamW(model.parameters(), 1e-3), [], pack(items)
+    optimizer, losses, packed = torch.optim.SGD(model.parameters(), 1e-3), [], pack(items)
     for _ in range(2):
         losses.append(pairwise_loss(model(packed)[0], packed.pairs))
         losses[-1].backward()

@@ -123,8 +123,8 @@ def of_train(here, told):
     rank, drawn = dist.get_rank(), told["drawn"]
     results = {"steps": [gradient(told["backbone"], drawn, shard=shard) for shard in ("none", "all")],
                "lora": [gradient(told["backbone"], drawn, shard=shard, lora=4) for shard in ("none", "node")],
-               "paradigms": {paradigm: [gradient_in_paradigm(writer, drawn, paradigm, shard) for shard in ("none", "all")]
-                             for paradigm, writer in told["writers"].items()},
+               "paradigms": {name: [gradient_in_paradigm(writer, drawn, name, shard) for shard in ("none", "all")]
+                             for name, writer in told["writers"].items()},
                "bf16": [rewards_in_bf16(told["backbone"], shard) for shard in ("none", "all")],
                "bf16 lora": [rewards_in_bf16(told["backbone"], shard, lora=4) for shard in ("none", "all")]}
     cfg = Config(**told["config"])

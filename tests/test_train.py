@@ -32,7 +32,7 @@ from two_ranks import gradient, gradient_in_paradigm, stop_after
 
 def draw(folder):
     """24 drawn comparisons, laid so that of the first step's rows the first of two ranks gets those with an image, the
-    second those without: lines of equal length are dealt out in turn. Every third is in held.jsonl too, for examination."""
+    second those without: lines of equal length are dealt out in turn. Every third is in held.jsonl as well."""
     visual, text = ([c for c in synthetic(200) if bool(c.images) == kind][:12] for kind in (True, False))
     rows = [None] * 24
     for place, (_, row) in enumerate(Order([[1] * 24], [1.0], batch_size=64, seed=0).step(0)):

@@ -1,5 +1,6 @@
 """What the tests share: the scripts on the path, one tiny reward model with random weights, and commands that run
 beside the tests."""
+import json
 import os
 import subprocess
 import sys
@@ -64,6 +65,11 @@ def command(make):
     return ended
 
 
+def pytest_collection_modifyitems(items):
+    """Those that wait for a command come last: until then the others are run beside it."""
+    items.sort(key=lambda item: not COMMANDS.keys().isdisjoint(item.fixturenames))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def begun(request, one_thread, tmp_path_factory, backbones):
     """{name: future of (folder, process)}, or the error of making what the command needs."""
@@ -84,4 +90,15 @@ def begun(request, one_thread, tmp_path_factory, backbones):
         pool.shutdown(cancel_futures=True)  # where the tests were stopped
 
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+TWO_RANKS = {}  # {name of a script: function(folder, backbones) that makes what two_ranks.py needs, gives its settings}
+
+
+@command
+def two_ranks(folder, backbones):
+    """All that needs two processes, in one torchrun, which loads torch once for each: folder/SCRIPT is what it leaves
+    of each script. What the tests compare with it is done by one process."""
+    for script, make in TWO_RANKS.items():
+        (folder / script).mkdir()
+        (folder / script / "settings.json").write_text(json.dumps(make(folder / script, backbones)))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    return [*torchrun, "tests/two_ranks.py", folder]

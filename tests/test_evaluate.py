@@ -16,7 +16,7 @@ from PIL import Image
 import data
 import evaluate
 import train
-from conftest import ROOT, TORCHRUN, command
+from conftest import ROOT, TWO_RANKS
 from data import BENCHMARKS, BadRow, synthetic, write_comparisons
 from evaluate import (ALL, METRICS, NOTES, PUBLISHED, SECTIONS, Config, averages, controls, figures, leave, main,
                       markdown, metrics, page, summarise, tables, weigh)
@@ -370,17 +370,20 @@ def test_incomplete_predictions_are_refused_in_one_line(key, tmp_path):
     assert list(evaluate.rescored(Config(rescore=[str(file)]))) == [(tmp_path, facts, [row], None)]
 
 
-@command
-def two_ranks_of_evaluate(folder, backbones):
+def make_two_ranks(folder, backbones):
     model, drawn = save_model(folder / "eyes", backbones()), draw_forty(folder / "drawn")
-    return [*TORCHRUN, "evaluate.py", "--model", model, "--data", drawn, "--out", folder / "out", "--no_probe"]
+    return ["--model", str(model), "--data", str(drawn), "--out", str(folder / "out"), "--no_probe"]
 
 
-def test_two_ranks_give_the_predictions_of_one(scored, two_ranks_of_evaluate):
+TWO_RANKS["evaluate"] = make_two_ranks
+
+
+def test_two_ranks_give_the_predictions_of_one(scored, two_ranks):
     """Real torchrun over gloo. A chunk's packs do not depend on who scores them, so what is left is the rounding of threaded sums."""
-    (*_, rows), (folder, done) = scored, two_ranks_of_evaluate
+    (*_, rows), (root, done) = scored, two_ranks
     assert done.returncode == 0, done.stderr[-2000:]
-    facts, *again = [json.loads(line) for line in (folder / "out" / "drawn" / "predictions.jsonl").read_text().splitlines()]
+    left = (root / "evaluate" / "out" / "drawn" / "predictions.jsonl").read_text()
+    facts, *again = [json.loads(line) for line in left.splitlines()]
     assert facts["ranks"] == 2 and facts["command"].startswith("torchrun --nproc_per_node 2 evaluate.py --model")
     for a, b in zip(rows, again, strict=True):
         assert b.pop("rewards") == pytest.approx(a["rewards"], abs=1e-5)

@@ -186,7 +186,7 @@ def test_a_judges_order_in_training_is_drawn_by_seed_and_row(models):
 
 
 def config(writer, out, **more):
-    return train.Config(backbone=str(writer), out=str(out), train_size=24, eval_size=6, lr=1e-3, batch_size=16,
+    return train.Config(backbone=str(writer), out=str(out), train_size=10, eval_size=3, lr=1e-3, batch_size=8,
                         pack_tokens=1024, max_pixels=12544, critique_tokens=6, **more).resolved()
 
 

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, TEXTS, TORCHRUN, command
+from conftest import ROOT, TEXTS, TWO_RANKS
 from safetensors.torch import load_file
 from transformers import HfArgumentParser
 
@@ -400,14 +400,16 @@ def test_a_resumed_run_ends_with_the_weights_of_one_that_was_not_interrupted(who
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-@command
-def two_ranks_of_rl_demo(folder, backbones):
+def make_two_ranks(folder, backbones):
     made = small_run(teach_policy(folder / "policy"), save_reward_model(folder / "reward", backbones()),
                      draw_prompts(folder / "drawn"))
     words = []
     for name, value in (made | {"out": folder / "two"}).items():
         words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return [*TORCHRUN, "tests/two_ranks_rl.py", *words]
+    return words
+
+
+TWO_RANKS["rl_demo"] = make_two_ranks
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="what a process maps is told by Linux alone")
@@ -422,11 +424,12 @@ def test_a_resumed_run_does_not_keep_the_checkpoint_that_it_replaces(flags, tmp_
     assert rl.main(replace(cfg, resume=True)) == 0 and mapped == [False] * 2
 
 
-def test_two_ranks_stopped_and_resumed_take_the_steps_of_one(whole_run, two_ranks_of_rl_demo):
+def test_two_ranks_stopped_and_resumed_take_the_steps_of_one(whole_run, two_ranks):
     """Three prompts a step on two ranks: one has two, the other one. Sums come in another order, so the last digits of
     fp32 differ, and AdamW turns a gradient near zero into a step of up to lr: hence 2% of the distance travelled,
     measured over all weights together."""
-    folder, done = two_ranks_of_rl_demo
+    root, done = two_ranks
+    folder = root / "rl_demo"
     assert done.returncode == 0 and "2 steps under model are saved" in done.stderr, done.stderr[-2000:]
     for a, b in zip(log_of(whole_run.out), log_of(folder / "two"), strict=True):
         assert a | {"seconds": 0} == pytest.approx(b | {"seconds": 0}, rel=2e-3, abs=1e-4)

@@ -23,23 +23,25 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel
 
 import train
-from conftest import ROOT, TEXTS, TORCHRUN, command
+from conftest import ROOT, TEXTS, TWO_RANKS, command
 from data import BadRow, Comparison, Order, read_comparisons, synthetic, write_comparisons
 from model import RewardModel, Score, pack, tiny_backbone
 from train import Config, learning_rate, main, open_data, score_over_ranks, start_processes
-from two_ranks import gradient, stop_after
+from two_ranks import gradient, gradient_in_paradigm, stop_after
 
 
 def draw(folder):
     """24 drawn comparisons, laid so that of the first step's rows the first of two ranks gets those with an image, the
-    second those without: lines of equal length are dealt out in turn."""
+    second those without: lines of equal length are dealt out in turn. Every third is in held.jsonl as well."""
     visual, text = ([c for c in synthetic(200) if bool(c.images) == kind][:12] for kind in (True, False))
     rows = [None] * 24
     for place, (_, row) in enumerate(Order([[1] * 24], [1.0], batch_size=64, seed=0).step(0)):
         rows[row] = (text if place % 2 else visual)[place // 2]
     write_comparisons(folder, rows, bar=False)
     lines = (folder / "comparisons.jsonl").read_text().splitlines()
-    (folder / "comparisons.jsonl").write_text("".join(f"{line[:-1]:700}}}\n" for line in lines))
+    lines = [f"{line[:-1]:700}}}\n" for line in lines]
+    (folder / "comparisons.jsonl").write_text("".join(lines))
+    (folder / "held.jsonl").write_text("".join(lines[::3]))
     return folder
 
 
@@ -55,8 +57,8 @@ def cfg(backbones, drawn, tmp_path):
 
 
 def small_run(backbone, data, out):
-    return Config(backbone=str(backbone), data=[str(data)], eval_data=[str(data)], out=str(out), lr=1e-3, batch_size=8,
-                  max_steps=6, max_pixels=112 * 112, pack_tokens=512, eval_every=0).resolved()
+    return Config(backbone=str(backbone), data=[str(data)], eval_data=[f"{data}/held.jsonl"], out=str(out), lr=1e-3,
+                  batch_size=8, max_steps=6, max_pixels=112 * 112, pack_tokens=512, eval_every=0).resolved()
 
 
 def flags(cfg):
@@ -106,61 +108,63 @@ def test_a_step_does_not_depend_on_how_its_pairs_fall_into_packs(backbones, draw
     assert parts_sums.tolist() == pytest.approx(whole_sums.tolist(), rel=1e-5)
 
 
-@command
-def two_ranks_of_train(folder, backbones):
-    """All that needs two processes, in one torchrun; what test_train.py compares with it is done by one."""
+def make_two_ranks(folder, backbones):
     kinds = {"critic": "internvl", "direct": "qwen2_5_vl", "think": "qwen3_vl"}  # the first's embedding and head are one weight
     writers = {p: str(tiny_backbone(folder / p, TEXTS, kind=k, width=64, vocabulary_head=True)) for p, k in kinds.items()}
     told = {"backbone": str(backbones()), "writers": writers, "drawn": str(draw(folder / "drawn"))}
-    told["config"] = asdict(small_run(backbones(), folder / "drawn", folder / "one"))
-    (folder / "settings.json").write_text(json.dumps(told))
-    return [*TORCHRUN, "tests/two_ranks.py", folder]
+    return told | {"config": asdict(small_run(backbones(), folder / "drawn", folder / "one"))}
+
+
+TWO_RANKS["train"] = make_two_ranks
 
 
 @pytest.fixture(scope="module")
-def two_ranks(two_ranks_of_train, backbones):
-    here, run = two_ranks_of_train
+def of_two(two_ranks, backbones):
+    """The folder, what two_ranks.py found, and what it said; beside it in the folder, the run of one process."""
+    root, run = two_ranks
+    here = root / "train"
     assert run.returncode == 0, run.stderr[-3000:]
     assert main(small_run(backbones(), here / "drawn", here / "one")) == 0
     return here, torch.load(here / "results.pt", weights_only=True), run.stdout, run.stderr
 
 
-def test_two_ranks_take_the_step_of_one(two_ranks, backbones, drawn):
+def test_two_ranks_take_the_step_of_one(of_two, backbones, drawn):
     """With DDP and sharded (with recomputed activations), all weights and LoRA's updates, and with one rank whose packs
     hold no image beside one that holds all of them."""
     start_processes()
     for kind, lora in (("steps", 0), ("lora", 4)):
         one, one_sums, _ = gradient(backbones(), drawn, lora=lora)
-        for two, two_sums, counts in two_ranks[1][kind]:
+        for two, two_sums, counts in of_two[1][kind]:
             assert counts[:, 2].tolist() == [12, 0]
             assert counts[1, 1] > counts[0, 1] > 1  # several micro-steps, and not equally many
             assert set(two) == set(one) and relative(two, one) < 1e-6
             assert two_sums.tolist() == pytest.approx(one_sums.tolist(), rel=1e-5)
 
 
-def test_two_ranks_take_the_step_of_one_in_every_paradigm(two_ranks, drawn):
+def test_two_ranks_take_the_step_of_one_in_every_paradigm(of_two, drawn):
     start_processes()
-    for p, paradigm in enumerate(("critic", "direct", "think")):
-        one, one_sums, _ = gradient(two_ranks[0] / paradigm, drawn, 400, paradigm=paradigm)
+    for paradigm, by_two in of_two[1]["paradigms"].items():
+        one, one_sums, _ = gradient_in_paradigm(of_two[0] / paradigm, drawn, paradigm)
         assert len(one) > 50
-        for two, two_sums, _ in two_ranks[1]["paradigms"][2 * p:2 * p + 2]:
+        for two, two_sums, counts in by_two:
+            assert counts[:, 1].min() > 1 and len(counts) == 2  # several micro-steps on each rank
             assert set(two) == set(one) and relative(two, one) < 1e-6
             assert two_sums.tolist() == pytest.approx(one_sums.tolist(), rel=1e-5)
 
 
-def test_a_sharded_model_computes_with_the_very_weights_of_an_unsharded_one(two_ranks):
+def test_a_sharded_model_computes_with_the_very_weights_of_an_unsharded_one(of_two):
     """Autocast rounds the weights of products to bf16 and nothing else: so must what FSDP gathers, or small updates of
     norms would be saved and never felt."""
     for kind in ("bf16", "bf16 lora"):  # frozen in bf16, what is trained in fp32
-        (plain, norm), (sharded, sharded_norm) = two_ranks[1][kind]
+        (plain, norm), (sharded, sharded_norm) = of_two[1][kind]
         assert torch.equal(plain, sharded) and sharded_norm == pytest.approx(norm, rel=1e-2)
 
 
-def test_two_ranks_end_where_one_ends(two_ranks):
+def test_two_ranks_end_where_one_ends(of_two):
     """Also sharded, stopped by a signal to one rank, and resumed where only the first rank has the checkpoint. Six
     steps of AdamW at 1e-3: gradients differ by rounding (1e-7), but Adam divides each by its own size, so that a weight
     whose gradient is as small as the rounding may move by up to the rate either way: hence 1e-3 for the weights."""
-    here, results, said, _ = two_ranks
+    here, results, said, _ = of_two
     assert results["status"] == [0, 128 + signal.SIGTERM, 128 + signal.SIGTERM, 0]
     assert said.startswith("world size 2, device cpu") and "not on a disk that all ranks share" in said
     for folder in ("two", "sharded-0"):
@@ -175,9 +179,9 @@ def test_two_ranks_end_where_one_ends(two_ranks):
     assert not (here / "sharded-1" / "config.json").exists()
 
 
-def test_a_checkpoint_in_parts_is_read_by_another_number_of_ranks_and_holds_no_pickle(two_ranks):
+def test_a_checkpoint_in_parts_is_read_by_another_number_of_ranks_and_holds_no_pickle(of_two):
     """Written by two ranks, the last two kept; gone on from by one, sharded, and by one that is not."""
-    here = two_ranks[0]
+    here = of_two[0]
     parts = Config(**json.loads((here / "settings.json").read_text())["config"])
     parts = replace(parts, out=str(here / "parts"), resume=True)
     assert sorted(file.name for file in (here / "parts").glob("checkpoint*")) == ["checkpoint-2", "checkpoint-3"]
@@ -211,8 +215,8 @@ def test_two_nodes_take_the_steps_of_one_and_go_on_by_themselves_after_a_worker_
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
-def test_rewards_do_not_depend_on_who_computes_them(two_ranks, drawn):
-    here, results, *_ = two_ranks
+def test_rewards_do_not_depend_on_who_computes_them(of_two, drawn):
+    here, results, *_ = of_two
     alone = RewardModel.from_pretrained(here / "two").score_many([*read_comparisons(drawn)])
     assert [len(values) for values in results["rewards"]] == [len(values) for values in alone]
     assert sum(results["rewards"], []) == pytest.approx(sum(alone, []), abs=1e-5)
@@ -389,10 +393,10 @@ def test_after_kill_9_the_run_folder_holds_a_complete_checkpoint(cfg, monkeypatc
     assert checkpoint_of(cfg.out)["step"] == step + 2
 
 
-def test_the_loss_of_a_rank_is_one_line_and_the_last_word_of_the_others(two_ranks):
+def test_the_loss_of_a_rank_is_one_line_and_the_last_word_of_the_others(of_two):
     """In place of a traceback from inside the network."""
-    last = two_ranks[3].rstrip().splitlines()[-1]
-    assert last.startswith("train.py: another rank ended (its message is above)") and "Traceback" not in two_ranks[3]
+    last = of_two[3].rstrip().splitlines()[-1]
+    assert last.startswith("train.py: another rank ended (its message is above)") and "Traceback" not in of_two[3]
 
 
 def test_signals_are_noted_in_the_loop_and_end_the_process_at_once_outside_of_it():
@@ -541,7 +545,7 @@ def test_updates_begin_as_the_base_model_and_merge_into_an_ordinary_one(backbone
 
 
 def test_a_run_with_lora_trains_updates_and_head_alone_and_resumes_bit_for_bit(cfg, backbones, tmp_path, monkeypatch):
-    low = replace(cfg, lora=4, gradient_checkpointing=True)
+    low = replace(cfg, lora=4, gradient_checkpointing=True, max_steps=4, eval_data=[], eval_size=0)
     assert main(low) == 0
     part = replace(low, out=str(tmp_path / "part"))
     with monkeypatch.context() as patch:
@@ -560,7 +564,7 @@ def test_a_run_with_lora_trains_updates_and_head_alone_and_resumes_bit_for_bit(c
             with monkeypatch.context() as patch:
                 if stop:
                     patch.setattr(train, "learning_rate", stop_after(stop))
-                main(replace(low, out=str(tmp_path / folder), shard="all", max_steps=4, resume=True))
+                main(replace(low, out=str(tmp_path / folder), shard="all", resume=True))
     whole, resumed = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
     eyes = replace(low, overwrite=True, lora_vision=True, max_steps=1)

@@ -1,5 +1,5 @@
-"""What test_train.py runs under torchrun, on two ranks: steps, forwards and whole runs. Argument: a folder that holds
-settings.json and takes the results. In-process, `gradient` is the same with one rank."""
+"""What the tests run under torchrun, on two ranks: steps, forwards and whole runs. Argument: a folder with one of each
+script, SCRIPT/settings.json, which takes the results. In-process, `gradient` is the same with one rank."""
 import json
 import os
 import signal
@@ -12,10 +12,14 @@ import torch.distributed as dist
 import torch.distributed.checkpoint.state_dict as dcp
 
 from conftest import ROOT  # noqa: F401  (puts the scripts on the path)
+import evaluate
+import rl_demo
 import train
+import two_ranks_rl
 from data import Order, read_comparisons
 from model import Comparison, RewardModel, hidden_states, pack, recompute_activations
 from train import Config, distribute, gather, load_step, take_step
+from transformers import HfArgumentParser
 
 
 class KeepGradient:
@@ -34,10 +38,11 @@ class KeepGradient:
         pass
 
 
-def gradient(backbone, folder, pack_tokens=120, shard="none", lora=0, paradigm="naive"):
-    """The gradient of the first step of what is trained, by name, the sums of `take_step`, and (pairs, packs, images) of each rank. In
-    fp64, where rounding hides no mistake: in fp32 the sums of one step, taken in another order, differ by 2e-6."""
-    cfg = Config(lr=1.0, batch_size=64, pack_tokens=pack_tokens, max_pixels=112 * 112, clip=1e9)
+def gradient(backbone, folder, pack_tokens=120, shard="none", lora=0, paradigm="naive", batch_size=64):
+    """The gradient of the first step of what is trained, by name, the sums of `take_step`, and (pairs, packs, images,
+    texts) of each rank. In fp64, where rounding hides no mistake: in fp32 the sums of one step, taken in another order,
+    differ by 2e-6."""
+    cfg = Config(lr=1.0, batch_size=batch_size, pack_tokens=pack_tokens, max_pixels=112 * 112, clip=1e9)
     torch.manual_seed(0)
     raw = RewardModel.from_backbone(backbone, paradigm=paradigm).train()
     if lora:
@@ -46,7 +51,7 @@ def gradient(backbone, folder, pack_tokens=120, shard="none", lora=0, paradigm="
             p.data = p.data.normal_(std=1e-2) if name.endswith("lora_b") else p.data
     raw.double()
     rows = read_comparisons(folder)
-    share = load_step(0, Order([rows.pairs], [1.0], 64, 0), [rows], raw.processor, cfg)
+    share = load_step(0, Order([rows.pairs], [1.0], batch_size, 0), [rows], raw.processor, cfg)
     if shard != "none":
         recompute_activations(raw.backbone)  # the two together, as for the 7B
     model = distribute(raw, torch.device("cpu"), shard, None)
@@ -94,15 +99,32 @@ def stop_after(steps: int):
     return rate
 
 
-if __name__ == "__main__":
-    here = Path(sys.argv[1])
-    told = json.loads((here / "settings.json").read_text())
-    train.start_processes()
-    rank = dist.get_rank()
-    results = {"steps": [gradient(told["backbone"], told["drawn"], shard=shard) for shard in ("none", "all")],
-               "lora": [gradient(told["backbone"], told["drawn"], shard=shard, lora=4) for shard in ("none", "node")],
-               "paradigms": [gradient(told["writers"][paradigm], told["drawn"], 400, shard, paradigm=paradigm)
-                             for paradigm in ("critic", "direct", "think") for shard in ("none", "all")],
+def gradient_in_paradigm(writer, folder, paradigm, shard="none"):
+    """Of a few pairs: where a judge reads each pair twice, they are packs enough for every rank to have several."""
+    return gradient(writer, folder, 400, shard, paradigm=paradigm, batch_size=16)
+
+
+def read_flags(script, words):
+    """The words of a command line, which is noted in what a run leaves."""
+    sys.argv = [f"{script.__name__}.py", *words]
+    (cfg,) = HfArgumentParser(script.Config).parse_args_into_dataclasses()
+    return cfg.resolved() if hasattr(cfg, "resolved") else cfg
+
+
+def of_evaluate(here, words):
+    evaluate.main(read_flags(evaluate, words))
+
+
+def of_rl_demo(here, words):
+    two_ranks_rl.stop_and_resume(read_flags(rl_demo, words))
+
+
+def of_train(here, told):
+    rank, drawn = dist.get_rank(), told["drawn"]
+    results = {"steps": [gradient(told["backbone"], drawn, shard=shard) for shard in ("none", "all")],
+               "lora": [gradient(told["backbone"], drawn, shard=shard, lora=4) for shard in ("none", "node")],
+               "paradigms": {name: [gradient_in_paradigm(writer, drawn, name, shard) for shard in ("none", "all")]
+                             for name, writer in told["writers"].items()},
                "bf16": [rewards_in_bf16(told["backbone"], shard) for shard in ("none", "all")],
                "bf16 lora": [rewards_in_bf16(told["backbone"], shard, lora=4) for shard in ("none", "all")]}
     cfg = Config(**told["config"])
@@ -117,13 +139,21 @@ if __name__ == "__main__":
     if rank == 1:
         train.learning_rate = original
     status.append(train.main(replace(sharded, resume=True)))
-    held = read_comparisons(told["drawn"])
+    held = read_comparisons(drawn)
     model = RewardModel.from_pretrained(here / "two")
     results |= {"status": status, "rewards": [score.rewards for score in train.score_over_ranks(model, held, 128)]}
     if rank == 0:
         torch.save(results, here / "results.pt")
+
+
+if __name__ == "__main__":
+    root = Path(sys.argv[1])
+    train.start_processes()
+    for name, run in {"evaluate": of_evaluate, "rl_demo": of_rl_demo, "train": of_train}.items():
+        if (settings := root / name / "settings.json").exists():
+            run(root / name, json.loads(settings.read_text()))
     dist.barrier()
-    if rank == 1:
+    if dist.get_rank() == 1:
         os._exit(0)  # as if it were killed: no word to the other
     sys.argv[1:] = []
     try:

@@ -1,13 +1,11 @@
-"""What test_rl_demo.py runs under torchrun: a run that is told to stop after two steps and resumed. Arguments: those of
-rl_demo.py."""
+"""A run of rl_demo.py that is told to stop after two steps and resumed: by one process in test_rl_demo.py, by two in
+two_ranks.py."""
 import contextlib
-import sys
 from dataclasses import replace
 
 from conftest import ROOT  # noqa: F401  (puts the scripts on the path)
 import rl_demo
-from train import end_processes, stop_signals
-from transformers import HfArgumentParser
+from train import stop_signals
 
 
 class AfterTwoSteps:
@@ -29,11 +27,8 @@ def stop_after_two_steps():
     yield AfterTwoSteps()
 
 
-if __name__ == "__main__":
-    (cfg,) = HfArgumentParser(rl_demo.Config).parse_args_into_dataclasses()
+def stop_and_resume(cfg):
     rl_demo.stop_signals = stop_after_two_steps
-    stopped = rl_demo.main(cfg.resolved())
+    stopped = rl_demo.main(cfg)
     rl_demo.stop_signals = stop_signals
-    status = rl_demo.main(replace(cfg, resume=True).resolved())
-    end_processes()
-    sys.exit(0 if (stopped, status) == (128 + 15, 0) else 1)
+    assert (stopped, rl_demo.main(replace(cfg, resume=True))) == (128 + 15, 0)

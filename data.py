@@ -181,7 +181,7 @@ def need(row: dict, *names: str) -> list:
     return values
 
 def pair(prompt, chosen, rejected, images=()) -> dict:
-    """images: one, or a list of them, here and below."""
+    """chosen, rejected: texts, or conversations with a common beginning. images: one, or a list of them, also below."""
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "images": images}
 
 # ======================================================================================================================
@@ -322,7 +322,8 @@ def from_trl(row: dict) -> tuple[object, list[str]]:
     if all(isinstance(said, str) for said in both):
         return prompt, both
     if not all(said and isinstance(said, list) for said in both):
-        raise ValueError(f"chosen and rejected must both be texts or both be lists of messages; found {sorted(row)}")
+        raise ValueError("chosen and rejected must both be texts or both be lists of messages; found "
+                         f"{' and '.join(type(said).__name__ for said in both)} in {sorted(row)}")
     (*head, chosen), (*other_head, rejected) = both
     responses = [text_of(chosen), text_of(rejected)]
     if head != other_head:
@@ -953,7 +954,7 @@ def convert(name: str, cfg: "Config") -> dict:
                 reason = re.sub(r"\d+", "N", re.split("[:;]", one_line(error), maxsplit=1)[0])[:100]
                 dropped[reason] += 1
                 first_dropped.setdefault(reason, one_line(f"{place}: {error}"))
-                known = any(reason.startswith(("missing image", "known to a benchmark")) for reason in dropped)
+                known = any(re.match("missing image|broken image|known to a benchmark", reason) for reason in dropped)
                 if counts["rows_in"] >= 1000 and not verdicts and not known:
                     break  # this is another set
                 continue
@@ -982,8 +983,10 @@ def convert(name: str, cfg: "Config") -> dict:
             "responses_per_comparison": {str(k): times for k, times in sorted(Counter(sizes[:, 2].tolist()).items())},
             "longer_response_wins": round(counts["longer"] / max(counts["longer"] + counts["shorter"], 1), 4),
             "held_out": counts["held_out"], "dropped": dict(dropped.most_common()), "first_dropped": first_dropped}
-        if is_benchmark:  # what fewer rows give is not its figure
-            report["benchmark"] = f"{n - counts['prior_sets']:,} rows of {BENCHMARKS[name]:,} published"
+        if is_benchmark:
+            rows, published = n - counts["prior_sets"], BENCHMARKS[name]
+            short = "; what these give is not the benchmark's figure" * (rows != published)
+            report["benchmark"] = f"{rows:,} rows of {published:,} published{short}"
         (out / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return report
 

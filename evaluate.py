@@ -223,7 +223,7 @@ PARADIGM_NOTES = {
     "critic": "Scored after the critic's {critiques} critiques. What it loses between --critiques given and own is the "
               "known weakness of its paradigm: it learnt to read critiques that are better than those it writes.",
     **dict.fromkeys(("direct", "think"), "A judge: every pair was asked in both orders, each verdict counts by itself, "
-                    "and n counts verdicts; one that cannot be read is wrong. Figures about images compare each "
+                    "and n counts verdicts; a thought without one is wrong. Figures about images compare each "
                     "response's preferences, summed over its pairs and orders.")}
 
 # Figures with their intervals -----------------------------------------------------------------------------------------
@@ -349,7 +349,8 @@ def score_folder(model: RewardModel, directory: str, takes: dict, folder: tuple,
                 found[i].setdefault("critiques", {})[directory] = said.texts
     visual = [i for i in at if probe and found[i].get("images")]
     seen = [rows[i] for i in visual]
-    for key, changed in {"removed": [remove_images(c) for c in seen], "shuffled": shuffle_images(seen)}.items():
+    probes = {"removed": [remove_images(c) for c in seen], "shuffled": shuffle_images(seen)} if seen else {}
+    for key, changed in probes.items():
         for i, said in zip(visual, score_over_ranks(model, changed, tokens, "skip", f"{bar}, {KEYS[key]}")):
             if isinstance(said, Score):  # without its image a prompt may be empty, and was skipped
                 found[i][key][directory] = said.rewards

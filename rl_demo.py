@@ -265,6 +265,8 @@ PREAMBLE = re.compile(r"^\W*(?:the )?(?:(?:final|correct) )?(?:answer|option|cho
 OPTION = re.compile(r"(?:[^\w-]*([a-z])(?:\W*$|[).:]\s))?(.*)", re.DOTALL)  # "(a)", "b.", "c) red"; not "a red circle"
 WORD = re.compile(r"-?\d+(?:[.:/]\d+)*|(?:(?<!\w)-)?[^\W\d_]+|[%°<>≤≥≠=^√±×÷]|(?<=\w)[+*/](?=\w)")
 UNITS = set("mm cm m km g kg s min h % ° percent degrees dollars euros inches feet".split())
+SPELT = {"([⁰¹²³⁴-⁹⁻]+)": r"^\1", r"(?<=\d),(?=\d{3}(?!\d))": "",  # 10² is not 102, 1,000 is 1000
+         r"(?<![\d.])\.(?=\d)": "0.", r"(\.\d*?)0+(?!\d)": r"\1"}  # .5 is 0.5; 2.50 is 2.5
 
 def answer_matches(response: str, answer: str) -> bool:
     """3  Whether a response is the answer: the same option, the same words, or (math-verify) an equal formula. Only the
@@ -278,11 +280,11 @@ def answer_matches(response: str, answer: str) -> bool:
         return letter == right_letter
     if len(words) != len(right):  # of two units both must agree, one alone is no matter
         words, right = (own[:-1] if own[1:] and own[-1] in UNITS else own for own in (words, right))
-    if words == right:
-        return bool(right)
+    if right and words == right:
+        return True
     # Trap: math-verify multiplies the letters of a word, adds up numbers side by side, and divides 3 by 45 in 3:45
-    no_formula = re.compile(r"(?<![\\a-zA-Z])[^\W\d_]{2,}|\d\s+\w|:")
-    if not MATH_VERIFY or any(len(text) > 100 or no_formula.search(text) for text in texts):
+    plain = [re.sub(r"\\[a-zA-Z]+", "+", text) for text in texts]
+    if not MATH_VERIFY or any(len(text) > 100 or re.search(r"[^\W\d_]{2,}|\d\s+\w|:", text) for text in plain):
         return False
     import logging
     from math_verify import parse, verify
@@ -292,10 +294,10 @@ def answer_matches(response: str, answer: str) -> bool:
 
 def letter_and_words(text: str) -> tuple[str, list[str]]:
     """The letter of an option; words, numbers and signs: ("b", ["2.5", "cm"]) of "(B) 2.50 cm"."""
-    text = unicodedata.normalize("NFC", text.replace("\u2212", "-").replace("²", "^2")).lower()
-    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)  # 1,000 is 1000
-    text = re.sub(r"\d*\.\d+", lambda number: f"{float(number[0]):.15g}", text)  # .5 is 0.5, 2.50 is 2.5
-    letter, rest = OPTION.match(PREAMBLE.sub("", text)).groups(default="")
+    for pattern, plain in SPELT.items():
+        text = re.sub(pattern, plain, text)
+    text = PREAMBLE.sub("", unicodedata.normalize("NFKC", text).replace("\u2212", "-").lower())
+    letter, rest = OPTION.match(text).groups(default="")
     return letter, WORD.findall(rest or text)  # what follows the letter is the option's text
 
 def drop_outliers(groups: list) -> None:

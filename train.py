@@ -53,8 +53,8 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 from data import BadRow, Order, read_comparisons, shuffle_images, synthetic, use_row
 from model import (CRITIQUE_TURN, Comparison, Pack, RewardModel, Score, answers_to, asked, encode, fill_packs,
-                   judge_pair, margins_of, one_ahead, pack, pairwise_loss, recompute_activations, remove, replacing,
-                   score_of, tiny_backbone, vision_parts)
+                   judge_pair, margins_of, one_ahead, one_line, pack, pairwise_loss, recompute_activations, remove,
+                   replacing, score_of, tiny_backbone, vision_parts)
 
 def main(cfg: "Config") -> int:
     # 1  Processes and seed
@@ -534,8 +534,8 @@ def claim_folder(out: Path, overwrite: bool, resume: bool, made_by: str = "metri
         out.mkdir(parents=True, exist_ok=True)
         names = {file.name for file in out.iterdir() if not file.match(".*.partial")}  # not of a write that was killed
         ours = LOCK in names or made_by in names
-        early = {LOCK, "metrics.jsonl", "tiny_backbone", "policy"}  # from before there was anything to keep
-        if names - early and not (ours and (resume or overwrite)):
+        early = {"policy"} if made_by == "start.json" else {"metrics.jsonl", "tiny_backbone"}  # nothing to keep yet
+        if names - early - {LOCK} and not (ours and (resume or overwrite)):
             mend = ", or --resume an unfinished run, or --overwrite it" if ours else ": no run made what it holds"
             raise ValueError(f"{out} is not empty; choose another --out{mend}")
         lock = filelock.FileLock((out / LOCK).resolve(), is_singleton=True)  # this process may claim it again
@@ -629,7 +629,7 @@ def load_checkpoint(out: Path, model, optimizer, cfg: Config, rows: list[int]) -
             dcp.set_model_state_dict(model, saved.get("model", {}), options=FROM_FIRST)
             dcp.set_optimizer_state_dict(model, optimizer, saved.get("optimizer", {}), options=FROM_FIRST)
     except (Exception, dist.checkpoint.CheckpointException) as error:
-        raise ValueError(f"{file} does not fit this model: {' '.join(str(error).split())[-150:]}") from None
+        raise ValueError(f"{file} does not fit this model: {one_line(error)}; start anew with --overwrite") from None
     say(f"going on from step {done['step']}")
     return done
 
@@ -643,8 +643,8 @@ def read_state(file: Path, cfg, free=(), mmap=False) -> dict:
     except Exception as error:  # torch raises what it likes on a damaged file
         raise ValueError(f"{file} cannot be read ({str(error)[:100]}); start anew with --overwrite") from None
     old, now = saved["config"], asdict(cfg)
-    changed = [f"{name} was {old[name]!r}, is {now.get(name)!r}" for name in old
-               if name not in free and now.get(name) != old[name]]
+    changed = [f"{name} was {old[name]!r}, is {now[name]!r}" for name in old
+               if name in now and name not in free and now[name] != old[name]]
     if changed:
         raise ValueError(f"{file} is another run's: {'; '.join(changed)[:200]}. Give the same flags, or another --out")
     return saved
@@ -750,10 +750,10 @@ def report(out: Path, model: RewardModel, held: list[Comparison], begun: float, 
         model.save_pretrained(out, weights)
         loss = {"training loss": curve(log, "loss")} | ({"of texts": curve(log, "text_loss")} if texts else {})
         right = {"training pairs": curve(log, "accuracy"), "held out": curve(log, "eval_accuracy")}
+        write_text(out / "summary.json", json.dumps(summary | {"config": asdict(cfg)}, indent=1) + "\n")
         draw_curves(out / "curve.svg", str(out), [
             ("loss", loss, {"log 2": LOG2}, None), ("accuracy", right, {"chance": 0.5}, 1),
             ("margin", {"mean margin": curve(log, "margin")}, {}, None)])
-        write_text(out / "summary.json", json.dumps(summary | {"config": asdict(cfg)}, indent=1) + "\n")
         for old in out.glob("checkpoint[.-]*"):
             remove(old)
     say("\n".join(f"  {name:<26}{value}" for name, value in summary.items()))
@@ -795,7 +795,8 @@ def draw_curves(file: Path, title: str, panels: list) -> str:
             axes.set_xlim(left=0)
             axes.set_ylim(min(axes.dataLim.y0, 0), top)
             axes.legend()
-        figure.savefig(picture := io.StringIO(), format="svg")
+        with warnings.catch_warnings(action="ignore"):  # a font lacks a character that the reader's has
+            figure.savefig(picture := io.StringIO(), format="svg")
     write_text(file, picture.getvalue())
     return picture.getvalue()
 

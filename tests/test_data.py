@@ -73,7 +73,7 @@ BAD_ROWS = [  # (what stands in the file, what the error must say)
     ("[" * 5000 + "]" * 5000, "malformed JSON"),
     ("[1, 2]", "found list"),
     ({"prompt": "x"}, "the keys ['responses', 'pairs'] are missing; found ['prompt']"),
-    ({"prompt": "x", "chosen": "a"}, "must both be texts or both be lists of messages; found ['chosen', 'prompt']"),
+    ({"prompt": "x", "chosen": "a"}, "must both be texts or both be lists of messages; found str and NoneType in ['chosen', 'prompt']"),
     (GOOD | {"prompt": ""}, "the prompt is empty"),
     (GOOD | {"prompt": 5}, "the prompt is a int"),
     (GOOD | {"prompt": [{"role": "<|image_pad|>", "content": "x"}]}, "no role among"),

@@ -1048,7 +1048,8 @@ def main(argv: list[str]) -> None:
     (cfg,) = HfArgumentParser(Config, exit_on_error=False).parse_args_into_dataclasses(rest)
     for flag in {"show": (), "synthetic": ("out",)}.get(name, ("source", "out")):
         if not getattr(cfg, flag):
-            raise BadRow(f"--{flag} is missing; python data.py {name} --source PATH_OR_HUB_ID --out FOLDER")
+            source = "" if name == "synthetic" else f" --source {'FOLDER' if name == 'judge' else 'PATH_OR_HUB_ID'}"
+            raise BadRow(f"--{flag} is missing; python data.py {name}{source} --out FOLDER")
     for flag, least, end in (("n", 0, 1e12), ("workers", 0, 1000), ("max_tokens", 1, 1e12), ("hold_out", 0, 1)):
         if not least <= getattr(cfg, flag) < end:
             raise BadRow(f"--{flag} {getattr(cfg, flag)}: want at least {least} and less than {end:g}")

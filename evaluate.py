@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Literal
 
 import jinja2
+import safetensors
 import torch
 import transformers
 from torch import distributed as dist
@@ -336,7 +337,7 @@ def score_folder(model: RewardModel, directory: str, takes: dict, folder: tuple,
     taken = [rows[i] for i in at] if isinstance(rows, list) else rows.only(at)
     if model.critiques_from == "given" and at and not any(rows[i].critiques for i in at[:1000]):
         raise ValueError(f"--critiques given: {name} has no critiques to read")
-    for i, said in zip(at, score_over_ranks(model, taken, tokens, cfg.on_bad_row, bar)):
+    for i, said in zip(at, score_over_ranks(model, taken, tokens, "skip", bar)):  # see main
         if isinstance(said, BadRow):
             found[i] = {"row": i + 1, "error": str(said)}
         elif not all(map(math.isfinite, said.rewards)):
@@ -355,10 +356,20 @@ def score_folder(model: RewardModel, directory: str, takes: dict, folder: tuple,
             if isinstance(said, Score):  # without its image a prompt may be empty, and was skipped
                 found[i][key][directory] = said.rewards
 
+def can_see(directory: str) -> bool:
+    """Whether a reward model takes images. ValueError, before hours of scoring, if its files are not whole."""
+    try:
+        json.loads(Path(directory, "reward_config.json").read_bytes())
+        for file in Path(directory).glob("*.safetensors"):
+            safetensors.safe_open(file, "pt")
+        return "vision_config" in json.loads(Path(directory, "config.json").read_bytes())
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{directory} is not a saved reward model: {error}") from None
+
 def score(cfg: "Config", device: torch.device):
     """Yields (where its results go, facts, predictions, rows) of each folder, as soon as the last model is done."""
-    started, models, paradigms = time.time(), list(dict.fromkeys(cfg.model)), []
-    sees = {m: "vision_config" in json.loads(Path(m, "config.json").read_bytes()) for m in models}
+    started, models, paradigms = time.time(), cfg.model, []
+    sees = {m: can_see(m) for m in models}
     if cfg.route and all(sees.values()):
         raise ValueError("--route sends prompts without images to a text-only model, and every --model can see")
     takes = {True: [m for m in models if sees[m]] or models,  # if none sees, `encode` says so
@@ -384,10 +395,10 @@ def score(cfg: "Config", device: torch.device):
             if directory == models[-1]:
                 name, benchmark, rows, found = folder
                 weights = combine(found, takes, cfg.ensemble, held[-1])
-                yield out / name, {"benchmark": benchmark, "model": cfg.model, "ensemble": cfg.ensemble,
-                                   "weights": weights, "paradigms": paradigms, "critiques": cfg.critiques,
-                                   "dtype": dtype, "seconds": round(time.time() - started, 1), **receipt(device)
-                                   }, found, rows
+                yield out / name, {"benchmark": benchmark, "rows_in": len(found), "model": cfg.model,
+                                   "ensemble": cfg.ensemble, "weights": weights, "paradigms": paradigms,
+                                   "critiques": cfg.critiques, "dtype": dtype,
+                                   "seconds": round(time.time() - started, 1), **receipt(device)}, found, rows
         del model
 
 def rescored(cfg: "Config"):
@@ -399,9 +410,11 @@ def rescored(cfg: "Config"):
     for file in cfg.rescore:
         try:
             facts, *found = [json.loads(line) for line in Path(file).read_text(encoding="utf-8").splitlines()]
-            whole = all("error" in row or row.keys() >= wanted for row in found)
-            if facts["benchmark"] not in METRICS or not facts["model"] or not whole:
-                raise ValueError("keys are missing")
+            good = [row for row in found if "error" not in row]
+            whole = all(row.keys() >= wanted for row in good) and len(found) == facts.get("rows_in", len(found))
+            finite = all(math.isfinite(margin) for *_, margin in margins(good))
+            if facts["benchmark"] not in METRICS or not [*map(Path, facts["model"])] or not whole or not finite:
+                raise ValueError("it was cut short, or is another file")
         except (OSError, ValueError, LookupError, TypeError, AttributeError):  # no such file, no JSON, or another's
             raise ValueError(f"--rescore {file}: this is not the predictions.jsonl of an earlier run") from None
         out, rows = Path(file).resolve().parent, None
@@ -579,6 +592,7 @@ class Config:
 
 def main(cfg: Config) -> None:
     check_numbers(cfg, not_negative=("worst", "pack_tokens", "critique_tokens"))
+    cfg = replace(cfg, model=[*{Path(m).resolve(): m for m in cfg.model}.values()])  # each once
     if not cfg.model and not cfg.rescore:
         raise ValueError("--model DIR is missing: a saved reward model, such as runs/default after train.py")
     if cfg.write_critiques and (len(cfg.model) != 1 or len(cfg.data) != 1 or cfg.rescore or cfg.critiques == "given"
@@ -589,6 +603,9 @@ def main(cfg: Config) -> None:
         if dist.get_rank() == 0:
             if not cfg.rescore:  # first of all, so that nothing below can lose them
                 write_text(out / "predictions.jsonl", "".join(json.dumps(row) + "\n" for row in [facts, *found]))
+                bad = [row["error"] for row in found if "error" in row]
+                if bad and cfg.on_bad_row == "stop":  # a picture that is broken is found when it is its turn
+                    raise ValueError(f"{bad[0]}; the others are scored: --rescore {out / 'predictions.jsonl'}")
             if cfg.write_critiques:  # for a critic's head to train on: in use it reads its own (CLoud, 2408.11791)
                 good = (row for row in found if "error" not in row)
                 write_comparisons(cfg.write_critiques, (

@@ -53,8 +53,8 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 from data import BadRow, Order, read_comparisons, shuffle_images, synthetic, use_row
 from model import (CRITIQUE_TURN, Comparison, Pack, RewardModel, Score, answers_to, asked, encode, fill_packs,
-                   judge_pair, margins_of, one_ahead, one_line, pack, pairwise_loss, recompute_activations, remove,
-                   replacing, score_of, tiny_backbone, vision_parts)
+                   judge_pair, margins_of, one_ahead, pack, pairwise_loss, recompute_activations, remove, replacing,
+                   score_of, tiny_backbone, vision_parts)
 
 def main(cfg: "Config") -> int:
     # 1  Processes and seed
@@ -447,7 +447,8 @@ def make_model(cfg: Config, sets: list, device: torch.device) -> RewardModel:
     path = cfg.backbone
     if cfg.kind in ("critic", "think") and cfg.max_steps != 0:
         if not any("".join(c.critiques).strip() for rows in sets for c in first_rows(rows)):
-            raise ValueError(f"--paradigm {cfg.paradigm} learns to write critiques; the first rows of --data have none")
+            named = "--think" if cfg.think else "--paradigm critic"
+            raise ValueError(f"{named} learns to write critiques, and the first rows of --data have none")
     if path in TINY:
         path = Path(cfg.out) / "tiny_backbone"
         if dist.get_rank() == 0:
@@ -574,7 +575,7 @@ def save_checkpoint(out: Path, model, optimizer, state: dict) -> None:
                 writer = dist.checkpoint.HuggingFaceStorageWriter(part, save_distributed=True)
                 dist.checkpoint.save(tensors_of(model, optimizer), storage_writer=writer)
             except dist.checkpoint.CheckpointException as error:
-                raise OSError(f"cannot write {folder} ({' '.join(str(error).split())[-200:]}); is the disk full?")
+                raise OSError(str(error)[-80:])  # `replacing` says where
             if first:
                 (part / "state.json").write_text(json.dumps(state))
         if first:
@@ -625,11 +626,11 @@ def load_checkpoint(out: Path, model, optimizer, cfg: Config, rows: list[int]) -
         else:
             names = {name for name, p in model.named_parameters() if p.requires_grad}
             if saved and (other := names ^ set(saved["model"])):
-                raise ValueError(f"missing or surplus {sorted(other)[:3]}")
+                raise ValueError(f"missing or surplus {min(other)}; start anew with --overwrite")
             dcp.set_model_state_dict(model, saved.get("model", {}), options=FROM_FIRST)
             dcp.set_optimizer_state_dict(model, optimizer, saved.get("optimizer", {}), options=FROM_FIRST)
     except (Exception, dist.checkpoint.CheckpointException) as error:
-        raise ValueError(f"{file} does not fit this model: {one_line(error)}; start anew with --overwrite") from None
+        raise ValueError(f"{file} does not fit this model: {' '.join(str(error).split())[-150:]}") from None
     say(f"going on from step {done['step']}")
     return done
 

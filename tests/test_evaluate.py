@@ -506,8 +506,12 @@ def test_missing_rows_are_in_the_first_line_of_the_table_with_their_own_reason(m
     assert all(("removed" in row) == ("shuffled" in row) == bool(row.get("images")) for row in rows)
     assert (tmp_path / "out" / "data" / "table.md").read_text().startswith("data (comparisons, official grouping): 19 OF 21 ROWS (one: ")
     assert "<h1>eyes on data (comparisons, official grouping): 19 OF 21 ROWS" in (tmp_path / "out" / "data" / "report.html").read_text()
+    (data / "comparisons.jsonl").write_text("\n".join([lines[-2], *(line for line in lines if broken in line)]))
+    with pytest.raises(ValueError, match=r"comparisons.jsonl:2: .*image.*; the others are scored: --rescore"):
+        run("data", **settings)  # found when it is its turn, which may be hours later
+    main(Config(rescore=[str(tmp_path / "out" / "data" / "predictions.jsonl")]))
     (data / "comparisons.jsonl").write_text("\n".join(line for line in lines if broken in line))
-    with pytest.raises(BadRow, match=r"comparisons.jsonl:1: .*image"):
+    with pytest.raises(ValueError, match=r"comparisons.jsonl:1: .*image"):
         run("data", **settings)
     with pytest.raises(ValueError, match="not one of 1 rows could be scored; the first: .*comparisons.jsonl:1"):
         run("data", **settings | {"on_bad_row": "skip"})
@@ -588,7 +592,7 @@ columns = getComputedStyle(d.querySelector(".answers")).gridTemplateColumns;
 
 @pytest.mark.parametrize("settings, words", [
     (dict(), "--model DIR is missing"),
-    (dict(model=["nowhere"]), "nowhere/config.json"),
+    (dict(model=["nowhere"]), "nowhere is not a saved reward model"),
     (dict(model=["TINY"]), "is not a saved reward model"),
     (dict(model=["EYES"], data=["nowhere"]), "nowhere"),
     (dict(model=["TEXT"]), "synthetic comparison 1: the prompt has 1 images but the backbone is text-only"),

@@ -1,6 +1,6 @@
 """The paper's tables in miniature, on the drawn world and with the scripts' own flags: who wins, and at what cost.
 
-    python tests/recipe.py --table 1 --seeds 0 1 2            about 40 minutes on two cores; goes on where it was stopped
+    python tests/recipe.py --table 1 --seeds 0 1 2            half an hour on two cores; goes on where it was stopped
     python tests/recipe.py --table 2                          the head; further: algorithm1, 4, 6, 7
 
 Every cell is a run of train.py (rl_demo.py, data.py) and of evaluate.py on the same drawn comparisons, new to the model.
@@ -202,9 +202,10 @@ def begin(here: Path, seed: int, options) -> list[tuple]:
     return [row for row in TABLES[options.table](here, seed, options) if options.only in row[0]]
 
 
-def finish(here: Path, row: tuple, options, earlier, bar) -> dict:
-    """The cell of a row, made or, if it is finished, read. One that is not a model of its own, trained by one command,
-    takes what the rows before it made: it waits for them."""
+def finish(here: Path, r: int, rows, options, earlier, bar) -> dict:
+    """The cell of row r, made or, if it is finished, read. rows: future of the seed's. One that is not a model of its
+    own, trained by one command, takes what the rows before it made: it waits for them."""
+    row = rows.result()[r]
     if len(row[2]) != 1 or len(row[3].split()) > 1:
         wait(earlier)
     file = here / f"{row[0].replace(' ', '_')}.json"
@@ -241,14 +242,15 @@ def main() -> None:
     if not (out / "held").exists():
         data.write_comparisons(out / "held", data.synthetic(HELD, held_out=True), bar=False)
     with ThreadPoolExecutor(options.jobs) as pool:
-        rows = [*pool.map(lambda seed: begin(out / str(seed), seed, options), options.seeds)]
-        with tqdm(desc="cells", unit="cell", total=sum(map(len, rows))) as bar:
+        begun = [pool.submit(begin, out / str(seed), seed, options) for seed in options.seeds]
+        rows = begun[0].result()
+        with tqdm(desc="cells", unit="cell", total=len(rows) * len(begun)) as bar:
             futures = {}  # {(row, seed): its cell to come}; row by row, so that no seed is left for the end
-            for r, s in itertools.product(range(len(rows[0])), range(len(rows))):
-                futures[r, s] = pool.submit(finish, out / str(options.seeds[s]), rows[s][r], options,
+            for r, s in itertools.product(range(len(rows)), range(len(begun))):
+                futures[r, s] = pool.submit(finish, out / str(options.seeds[s]), r, begun[s], options,
                                             [futures[q, s] for q in range(r)], bar)
-            found = {row[0]: [futures[r, s].result() for s in range(len(rows))] for r, row in enumerate(rows[0])}
-    print(evaluate.markdown(lines(rows[0], found)))
+            found = {row[0]: [futures[r, s].result() for s in range(len(begun))] for r, row in enumerate(rows)}
+    print(evaluate.markdown(lines(rows, found)))
 
 
 def lines(rows: list, found: dict) -> list[list[str]]:

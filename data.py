@@ -53,8 +53,8 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
-from model import (MARK, Comparison, Encoded, Processor, check_text, encode, frames_of, is_video, judge_pair,
-                   one_line, open_frames, open_image, printable, replacing, text_of_part, to_messages)
+from model import (MARK, Comparison, check_text, frames_of, is_video, judge_pair, one_line, open_frames, open_image,
+                   printable, replacing, text_of_part, to_messages)
 
 # A row ---------------------------------------------------------------------------------------------------------------
 def parse_row(row, folder: Path, needs_responses: bool = True) -> Comparison:
@@ -251,10 +251,6 @@ def use_row(rows, i: int, use):
         return use(comparison)
     except ValueError as error:
         raise BadRow(f"{place(rows, i)}: {error}") from None
-
-def encode_row(rows, i: int, processor: Processor) -> Encoded:
-    """Comparison i as tokens and patches."""
-    return use_row(rows, i, functools.partial(encode, processor=processor))
 
 @contextlib.contextmanager
 def new_folder(folder):

@@ -2,7 +2,7 @@
 
 Read: to the double line, 10 minutes: what each benchmark counts, what to look at beside accuracy; then `figures`.
 
-    python evaluate.py --model runs/default                       800 drawn comparisons, new to the model: half a minute
+    python evaluate.py --model runs/default                       800 drawn comparisons, new to the model: 20 seconds
     python evaluate.py --model DIR --data bench/vl-rewardbench bench/rm-bench     benchmarks, as data.py makes them
     python evaluate.py --model DIR --data FOLDER                  your own comparisons: accuracy by category
     python evaluate.py --model A B --ensemble accuracy --validation FOLDER --data ...      two as one (section 4.7)

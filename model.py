@@ -55,8 +55,7 @@ class Comparison:
 
     >>> c = Comparison("<image>\\nWhat is shown?", ["A bus.", "Two buses."], pairs=[(0, 1)], images=["images/7.png"])
     >>> c.responses[c.pairs[0][0]]
-    'A bus.'
-    """
+    'A bus.'"""
     prompt: str | list  # text with `<image>` marks, or chat messages: contents are such texts or lists of typed parts
     responses: list[str]  # K of them
     pairs: list[tuple[int, int]] = ()  # (winner, loser), indices into `responses`; a preference pair is [(0, 1)]
@@ -95,8 +94,7 @@ def encode(comparison: Comparison, processor: "Processor") -> Encoded:
 
     processor: the tokenizer, the image processor, and how this family of backbones takes pictures. A text that writes
     "<|im_end|>" is read as these characters with a space after the first: it cannot end its turn or forge another's.
-    ValueError, one line: marks and images do not match, an image cannot be used, or the backbone cannot see.
-    """
+    ValueError, one line: marks and images do not match, an image cannot be used, or the backbone cannot see."""
     tokenizer, images = processor.tokenizer, list(comparison.images)
     if images and processor.image_processor is None:
         raise ValueError(f"the prompt has {len(images)} images but the backbone is text-only")
@@ -137,8 +135,7 @@ def mrope_positions(ids: list[int], grids: list, image_pad: int, video_pad: int,
         column  0 1  2 3 4 2 3 4  5
 
     In a video two frames are a moment; the next is `video_step` later. Trap: transformers from 5.3 on goes on after a
-    *video* at start + max(rows, columns), which overlaps the times of a long one; Qwen was trained with largest + 1.
-    """
+    *video* at start + max(rows, columns), which overlaps the times of a long one; Qwen was trained with largest + 1."""
     parts, grids, at, start = [], iter(grids), 0, 0
     while at < len(ids):
         if ids[at] in (image_pad, video_pad):
@@ -165,8 +162,7 @@ class Pack:
         positions      0 1 2 3 4 3 4  0 1 2 3 2 3    a branch restarts where the prompt ended: to the network each
                                                      response is the only one
         last_token             4   6      10  12     where the head reads each response's reward
-        pairs          [[0, 1], [2, 3]]              winner and loser among the R = 4 responses of the pack
-    """
+        pairs          [[0, 1], [2, 3]]              winner and loser among the R = 4 responses of the pack"""
     input_ids: torch.Tensor  # (T,)
     comparison: torch.Tensor  # (T,) which comparison a token belongs to
     branch: torch.Tensor  # (T,)
@@ -225,8 +221,7 @@ def branch_mask(branch: torch.Tensor) -> torch.Tensor:
     other, and comparisons do not either, as each has attention of its own.
 
     >>> branch_mask(torch.tensor([0, 1, 2])).int().tolist()              # one prompt token, two responses of one token
-    [[1, 0, 0], [1, 1, 0], [1, 0, 1]]
-    """
+    [[1, 0, 0], [1, 1, 0], [1, 0, 1]]"""
     place = torch.arange(len(branch), device=branch.device)
     earlier = place[None, :] <= place[:, None]
     return earlier & ((branch[None, :] == 0) | (branch[None, :] == branch[:, None]))
@@ -270,8 +265,7 @@ def build_head(width: int, layers: int = 2, activation: str = "silu") -> nn.Sequ
     """`layers` linear layers with an activation between them, one number out (Table 2: two layers and SiLU are best).
 
     Rewards start around 0.3 apart, and the loss near log 2, the loss of knowing nothing. Trap: with a tenth of this std
-    the backbone gets no gradient to speak of; a model without pretraining then stays at log 2.
-    """
+    the backbone gets no gradient to speak of; a model without pretraining then stays at log 2."""
     if layers < 1 or activation not in ACTIVATIONS:
         raise ValueError(f"head of {layers} layers with {activation!r}: want 1 or more, and one of {list(ACTIVATIONS)}")
     parts = []
@@ -332,8 +326,7 @@ def pairwise_loss(rewards, pairs, zero_coef=0.0, length_norm=False, response_len
     pairs_in_step: divide by this in place of B, so that parts of a step (micro-steps, ranks) add up to the whole.
 
     >>> round(pairwise_loss(torch.tensor([1.0, 1.0]), torch.tensor([[0, 1]])).item(), 4)          # no opinion: log 2
-    0.6931
-    """
+    0.6931"""
     rewards = rewards.float()
     if length_norm:
         rewards = rewards / torch.log(response_length.clamp(min=1).float() + 1)
@@ -356,8 +349,7 @@ def with_critiques(item: Encoded, critiques: list, processor: "Processor") -> En
 
     It learns both at once: equation (1) plus a weight times the mean cross entropy of the critiques' tokens. In
     training the critiques are the given ones; in scoring it reads after its own. A response without one is read at its
-    own end. critiques: K lists of token ids; an empty one is none.
-    """
+    own end. critiques: K lists of token ids; an empty one is none."""
     ask = processor.tokenizer(CRITIQUE_TURN, add_special_tokens=False).input_ids
     both = list(zip(item.response_ids, critiques, strict=True))
     return replace(item, response_ids=[[*ids, *ask, *c, processor.end] if c else ids for ids, c in both],
@@ -369,8 +361,7 @@ def judge_pair(comparison: Comparison, first: int, second: int, think: bool = Fa
     What it says depends on the order of the answers, so both orders are asked in scoring.
 
     With `think` there is one response, <think>1: critique 2: critique</think><answer>1</answer>: it learns to write
-    that, and scoring reads the <answer> that it wrote.
-    """
+    that, and scoring reads the <answer> that it wrote."""
     messages = to_messages(comparison.prompt, comparison.images)
     turns = [f"{m['role']}: {m['content']}" if messages[1:] else m["content"] for m in messages]
     answers = [re.sub("<(?=(image|video)>)", "< ", comparison.responses[k]) for k in (first, second)]  # no marks
@@ -519,8 +510,7 @@ def to_messages(prompt, images=()) -> list[dict]:
     The one place that decides whether a prompt can be used; ValueError says in one line why not.
 
     >>> to_messages("What is shown?", images=["7.png"])
-    [{'role': 'user', 'content': '<image>What is shown?'}]
-    """
+    [{'role': 'user', 'content': '<image>What is shown?'}]"""
     prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if not isinstance(prompt, (list, tuple)):
         raise ValueError(f"the prompt is a {type(prompt).__name__}, want a text or a list of messages")
@@ -608,8 +598,7 @@ def cut_into_patches(source, image_processor) -> tuple[torch.Tensor, list[int]]:
     """Patches (P, channels*2*side*side) of an image or a video for a Qwen, and its grid (t, h, w) with P = t*h*w.
 
     The processor writes an image twice into each patch, since the vision tower takes two moments at a time. For a video
-    the second half of a patch comes from the next frame in its place; an odd last frame is repeated.
-    """
+    the second half of a patch comes from the next frame in its place; an odd last frame is repeated."""
     if not is_video(source):
         out = image_processor(images=[open_image(source)], return_tensors="pt")
         return out["pixel_values"], out["image_grid_thw"][0].tolist()
@@ -635,8 +624,7 @@ def attend(module, query, key, value, attention_mask=None, blocks=None, scaling=
     Each comparison for itself; of the table of a pack of ten, nine tenths would be empty. A small comparison takes one
     call with its branch_mask. In a large one the prompt and its first response are a plain causal row, and every other
     response is the end of a causal row that begins with the prompt: no work that a table throws away.
-    Without blocks (the vision tower, `generate`) this is transformers' own "sdpa".
-    """
+    Without blocks (the vision tower, `generate`) this is transformers' own "sdpa"."""
     if blocks is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
     product = partial(F.scaled_dot_product_attention, scale=scaling)
@@ -671,8 +659,7 @@ def attend_by_length(module, query, key, value, attention_mask=None, scaling=Non
     patches see those of their window (or of their moment) alone. cu_seq_lens_q (windows + 1,): where each begins.
 
     Windows of equal length share one call: a picture of 1036 x 1036 has 100 windows, of four lengths at most. The same
-    tensor comes to all layers of a kind, so the lengths are fetched from the GPU once and stay with it.
-    """
+    tensor comes to all layers of a kind, so the lengths are fetched from the GPU once and stay with it."""
     if not hasattr(cu_seq_lens_q, "groups"):
         lengths, members = cu_seq_lens_q.diff().tolist(), {}
         for window, length in zip(torch.arange(sum(lengths)).split(lengths), lengths):
@@ -721,8 +708,7 @@ def fill_packs(sizes: list[int], budget: int) -> list[list[int]]:
     has room. One that is longer than the budget is a pack of its own.
 
     >>> fill_packs([6, 3, 5, 4], budget=10)
-    [[0, 3], [2, 1]]
-    """
+    [[0, 3], [2, 1]]"""
     packs, room = [], []
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         fitting = [p for p in range(len(packs)) if room[p] >= sizes[i]]
@@ -819,8 +805,7 @@ def verdict(text: str) -> int:
     """1 or 2, as the last <answer> of a judge says, or without one the last number after its thoughts; else 0.
 
     >>> verdict("<think>1: red 2: not</think><answer>2</answer>"), verdict("<answer>1 or 2</answer>"), verdict("So 1.")
-    (2, 0, 1)
-    """
+    (2, 0, 1)"""
     tags, after = re.findall("(?s)<answer>(.*?)</answer>", text), text.rpartition("</think>")[2]
     if tags or "<think>" not in after:  # thoughts without an end end in no verdict
         numbers = set(re.findall(r"\d+", tags[-1]) if tags else re.findall(r"\d+", after)[-1:])
@@ -860,8 +845,7 @@ def one_ahead(make, items, on_gpu: bool):
 def response_logprobs(lm_head, hidden: torch.Tensor, pack: Pack, keep=slice(None), never=()) -> torch.Tensor:
     """Log-probabilities in fp32 of the response tokens of a pack, each given what stands before it: (S,), or of `keep`.
     lm_head: the vocabulary head. Only the rows that predict meet it, 1,024 at a time and again in the backward pass:
-    the logits of 8 responses of 512 tokens over 150,000 words would be 2.5 GB.
-    """
+    the logits of 8 responses of 512 tokens over 150,000 words would be 2.5 GB."""
     ids, hidden = pack.input_ids[pack.response_tokens[keep]], hidden[pack.predicted_by[keep]]  # (S,), (S, D)
     parts = [checkpoint(lambda h, i: log_softmax(lm_head, h, never).gather(1, i[:, None])[:, 0], *part,
                         use_reentrant=False) for part in zip(hidden.split(1024), ids.split(1024))]
@@ -915,8 +899,7 @@ def generate(policy, prompts: list[Encoded], max_new_tokens: int, group_size: in
     and so are the keys and values that are kept, twice the memory; embeddings in bf16 make all of it bf16, and the
     log-probabilities differ a little from Policy.forward's, which are learnt from. policy: a Policy, or a RewardModel
     with a vocabulary head.
-    The seam for a faster engine: whatever takes prompts and gives token ids of this step's weights can stand here.
-    """
+    The seam for a faster engine: whatever takes prompts and gives token ids of this step's weights can stand here."""
     device, backbone, sizes = policy.device, policy.backbone, [len(prompt.prompt_ids) for prompt in prompts]
     on_gpu, end, never = device.type == "cuda", policy.processor.end, policy.processor.never
     starts = [prompt.response_ids or [[]] * group_size for prompt in prompts]
@@ -977,8 +960,7 @@ def replacing(path, last: str = ""):
     files are moved one by one, the one named `last` at the end and its old version removed at the start: who finds it
     finds the others whole. Old weights that are not replaced go: one file or several, transformers would take either.
     What is written is as readable as the umask allows. OSError, one line, if it cannot be written: a full disk is a
-    RuntimeError to torch and an error of its own to safetensors.
-    """
+    RuntimeError to torch and an error of its own to safetensors."""
     path = Path(path).absolute()
     partial = path / ".new.partial" if path.is_dir() else path.with_name(f".{path.name}.partial")  # on the same disk
     try:
@@ -1156,8 +1138,7 @@ def tiny_backbone(directory, texts, seed=0, kind="qwen2_5_vl", vocab_size=512, w
     parameters: whatever loads this folder loads Qwen/Qwen2.5-VL-7B-Instruct. Trap: the initial weights must not be
     small. With transformers' default of 0.02, far below 1/sqrt(width), such a model sits at log 2 for many steps.
     Nor may rope_theta be large: with the usual 10,000 the columns of an image of three by three tokens differ by an
-    angle of 0.006, and left is right.
-    """
+    angle of 0.006, and left is right."""
     from tokenizers import ByteLevelBPETokenizer, Tokenizer
 
     special = ["<|endoftext|>", "<|im_start|>", END, "<|vision_start|>", "<|vision_end|>", IMAGE_PAD, VIDEO_PAD]

@@ -44,6 +44,7 @@ import sys
 import time
 import unicodedata
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean, pstdev
@@ -57,9 +58,9 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.hf_argparser import HfArg
 
-from data import BadRow, Order, encode_row, read_comparisons, synthetic
+from data import BadRow, Order, read_comparisons, synthetic, use_row
 from evaluate import markdown, page, receipt, thumbnails
-from model import Policy, RewardModel, fill_packs, generate, pack, recompute_activations, replacing
+from model import Policy, RewardModel, encode, fill_packs, generate, pack, recompute_activations, replacing
 from train import (check_numbers, claim_folder, command_line, complain, curve, draw_curves, from_first, gather,
                    gather_objects, open_log, read_log, read_state, say, spread, start_processes, stop_signals,
                    write_text)
@@ -92,8 +93,7 @@ def group_advantages(rewards: torch.Tensor, no_std: bool = False) -> torch.Tenso
     """4  (R - mean R) / (std R + 1e-6) over the G rollouts of one prompt; std with 1/G, not 1/(G - 1).
     Agreement is tested and not left to the subtraction: a mean off by one rounding would be blown up by the division.
     >>> group_advantages(torch.tensor([1.0, 0.0, 0.0, 1.0])).round(decimals=4).tolist()           # mean 1/2, std 1/2
-    [1.0, -1.0, -1.0, 1.0]
-    """
+    [1.0, -1.0, -1.0, 1.0]"""
     if rewards.max() == rewards.min():
         return torch.zeros_like(rewards)
     centred = rewards - rewards.mean()
@@ -111,8 +111,7 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantage, tokens, clip_eps=
     wants; a token that moved the wrong way is pulled back in full.
     >>> a, b = torch.tensor([0.5]).log(), torch.tensor([0.25]).log()        # the token is twice as likely now: rho = 2
     >>> grpo_loss(a, b, a, torch.tensor([1.0]), 1).item(), grpo_loss(a, b, a, torch.tensor([-1.0]), 1).item()
-    (-1.2000000476837158, 2.0)
-    """
+    (-1.2000000476837158, 2.0)"""
     log_ratio = logprobs - old_logprobs
     ratio = torch.exp(log_ratio.clamp(math.log(1e-3), math.log(1e3)) if clamp_ratio else log_ratio)  # StableReinforce
     objective = torch.minimum(ratio * advantage, ratio.clamp(1 - clip_eps, 1 + clip_eps_high) * advantage)
@@ -225,8 +224,8 @@ def own_prompts(run, step: int) -> tuple[list, int]:
 
 def read_prompts(rows, chosen, processor) -> list[tuple]:
     """This rank's of the chosen rows: (row, the comparison with images and answer, encoded)."""
-    mine = chosen[dist.get_rank()::dist.get_world_size()]
-    return [(i, rows[i], encode_row(rows, i, processor).with_responses([])) for i in mine]
+    mine, encoded = chosen[dist.get_rank()::dist.get_world_size()], partial(encode, processor=processor)
+    return [(i, rows[i], use_row(rows, i, encoded).with_responses([])) for i in mine]
 
 # 2 and 3  Rollouts and what they are worth ----------------------------------------------------------------------------
 def roll_out(policy: Policy, prompts: list[tuple], step, run) -> list[SimpleNamespace]:
@@ -272,8 +271,7 @@ def answer_matches(response: str, answer: str) -> bool:
     """3  Whether a response is the answer: the same option, the same words, or (math-verify) an equal formula. Only the
     last <answer> or \\boxed{} is read, if there is one. Case, spaces, emphasis and punctuation do not count.
     >>> answer_matches("b) 5 cm", "B"), answer_matches("The answer is **5 cm**.", "5"), answer_matches("-5", "5")
-    (True, True, False)
-    """
+    (True, True, False)"""
     texts = ["".join((TAGGED.findall(text) or [(text,)])[-1]).strip() for text in (response, answer)]
     (letter, words), (right_letter, right) = map(letter_and_words, texts)
     if letter and right_letter:

@@ -163,8 +163,7 @@ def take_step(model, optimizer, packs: list[Pack], filler: Pack, micro_steps: in
     step, of all ranks and micro-steps, so that a pair weighs the same wherever it lies. Trap: a mean of means weighs
     pairs in small packs more. The exchange takes the ranks' average, hence `world_size`, and waits for all of them, so
     all make equally many micro-steps: a rank with fewer packs runs `filler`, at weight 0. The norm is that of the
-    exchanged gradient, the same on all ranks: if it is not finite, all skip the step.
-    """
+    exchanged gradient, the same on all ranks: if it is not finite, all skip the step."""
     world_size, trained = dist.get_world_size(), optimizer.param_groups[0]["params"]  # FSDP swaps model.parameters()
     sums = torch.zeros(4, dtype=torch.float64, device=trained[0].device)
     for micro_step in range(micro_steps):
@@ -192,8 +191,7 @@ def learning_rate(step: int, steps: int, cfg: "Config") -> float:
     """Rises in a straight line over the warm-up, then falls as half a cosine; the step after the last would have 0.
 
     >>> [round(learning_rate(s, 10, Config(lr=1.0, warmup=0.2)), 2) for s in (0, 1, 2, 6, 9)]
-    [0.5, 1.0, 1.0, 0.5, 0.04]
-    """
+    [0.5, 1.0, 1.0, 0.5, 0.04]"""
     rise = math.ceil(cfg.warmup * steps)
     if step < rise:
         return cfg.lr * (step + 1) / rise
@@ -479,8 +477,7 @@ class LowRank(torch.nn.Linear):
     16 bytes that a trained weight needs (itself, gradient, two moments, all fp32) W keeps two, in bf16 on a GPU. The
     division by r lets one learning rate do for all ranks. alpha 32 is ours; that all linear layers are to have updates,
     and not attention's alone, is QLoRA's finding (arXiv 2305.14314, section 4), and a rate ten times that of full
-    training LoRA Without Regret's (Schulman et al., 2025).
-    """
+    training LoRA Without Regret's (Schulman et al., 2025)."""
     ALPHA = 32
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -562,8 +559,7 @@ def save_checkpoint(out: Path, model, optimizer, state: dict) -> None:
 
     A sharded run writes out/checkpoint-STEP, each rank its own part of every tensor, and keeps the last two; another
     number of ranks can read it. In it are safetensors and JSON: torch's own format would be unpickled without a check.
-    Else all ranks gather and the first writes out/checkpoint.pt, also where ranks do not see each other's disks.
-    """
+    Else all ranks gather and the first writes out/checkpoint.pt, also where ranks do not see each other's disks."""
     parts = {name: p.to_local() if hasattr(p, "to_local") else p for name, p in tensors_of(model, optimizer).items()}
     if not gather([all(bool(p.isfinite().all()) for p in parts.values())]).all():
         raise ValueError(f"weights are not finite after step {state['step']} and not saved; start anew, lower --lr")
@@ -674,8 +670,7 @@ def accuracy(comparisons, scores) -> float:
     """Share of margins above 0: a tie is wrong. A comparison that has no Score does not count.
 
     >>> accuracy([Comparison("?", ["a", "b", "c"], [(0, 1), (1, 2)])], [Score([2.0, 1.0, 1.0])])
-    0.5
-    """
+    0.5"""
     known = [(c, score) for c, score in zip(comparisons, scores) if isinstance(score, Score)]
     right = [margin > 0 for c, score in known for margins in margins_of(c.pairs, score) for margin in margins]
     return sum(right) / len(right) if right else math.nan

@@ -5,8 +5,8 @@
     python tests/benchmark_data.py --folder data/images --images 300       JPEGs of a megapixel: converting, encoding
 
 Writes a file of invented pairs of about 1 kB, converts it with `data.py pairs`' own function, opens the result for
-training, and reads rows at random; with images, encodes them as for the 7B on one thread. Prints seconds (of the clock, and of this process's CPU), rows a second and resident
-memory.
+training, and reads rows at random; with images, encodes them as for the 7B on one thread. Prints seconds (of the clock,
+and of this process's CPU), rows a second and resident memory.
 """
 import argparse
 import json

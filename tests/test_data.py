@@ -1,6 +1,7 @@
 """Rows, folders, the order of the steps and the drawn pictures, in the order of data.py."""
 import argparse
 import io
+import functools
 import json
 import multiprocessing
 import os
@@ -13,7 +14,7 @@ from PIL import Image
 
 import data
 from conftest import ROOT
-from data import BadRow, Comparisons, Order, encode_row, parse_row, read_comparisons, synthetic, write_comparisons
+from data import BadRow, Comparisons, Order, parse_row, read_comparisons, synthetic, use_row, write_comparisons
 from model import Comparison, encode, open_frames
 
 GOOD = {"prompt": "Name a fruit.", "responses": ["Apple", "Table"], "pairs": [[0, 1]]}
@@ -139,11 +140,12 @@ def test_a_row_of_a_benchmark_may_tie_or_be_empty():
 
 def test_a_row_that_cannot_be_encoded_names_its_place(tmp_path, tiny):
     rows = read_comparisons(folder_of(tmp_path, GOOD, GOOD | {"images": ["images/gone.png"]}))
-    assert encode_row(rows, 0, tiny.processor).response_ids == encode(rows[0], tiny.processor).response_ids
+    encoded = functools.partial(encode, processor=tiny.processor)
+    assert use_row(rows, 0, encoded).response_ids == encoded(rows[0]).response_ids
     with pytest.raises(BadRow, match="comparisons.jsonl:2: image .*gone.png does not exist"):
-        encode_row(rows, 1, tiny.processor)
+        use_row(rows, 1, encoded)
     with pytest.raises(BadRow, match="^synthetic comparison 1: "):
-        encode_row([Comparison("?", ["a", "b"], images=["gone.png"], source="synthetic")], 0, tiny.processor)
+        use_row([Comparison("?", ["a", "b"], images=["gone.png"], source="synthetic")], 0, encoded)
 
 
 def test_an_empty_file_and_a_missing_folder_say_so(tmp_path):

@@ -5,7 +5,8 @@
 
 The weights lie in bf16, as on a GPU; each product casts its own to fp32 first, since few CPUs multiply in bf16.
 What it counts: frozen weights 2 bytes each; trained ones 16 (itself, gradient, AdamW's two moments, fp32); the input of each layer in
-fp32, which --gradient_checkpointing keeps for the backward pass. What a layer needs while it is computed is not in the count.
+fp32, which --gradient_checkpointing keeps for the backward pass. What a layer needs while it is computed is not in the
+count. Two steps of 128 tokens took 98 and 133 s, 10.0 GB where 8.1 were counted (commit c69d86f, a busy machine, once).
 """
 import resource
 import sys

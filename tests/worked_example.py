@@ -15,18 +15,18 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from model import Comparison, RewardModel, branch_mask, pack, pairwise_loss, tiny_backbone  # noqa: E402
+from model import CHAT_TEMPLATE, Comparison, RewardModel, branch_mask, pack, pairwise_loss, tiny_backbone  # noqa: E402
 
 COLOURS = ("#9aa5b1", "#3b82f6", "#f59e0b")  # prompt, response 1, response 2
 
 
 def example() -> tuple[RewardModel, "pack", list[str]]:
     with tempfile.TemporaryDirectory() as folder:
-        texts = ["Be brief.", "user\n", "assistant\n", "What colour?", "red", "sky blue"] * 50
+        texts = ["user\n", "assistant\n", "What colour?", "red", "sky blue"] * 50
         torch.manual_seed(0)
         model = RewardModel.from_backbone(tiny_backbone(folder, texts, width=64), max_pixels=56 * 56)
-    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "<image>What colour?"}]
-    comparison = Comparison(messages, ["red", "sky blue"], [(0, 1)], [Image.new("RGB", (56, 56), "red")])
+    model.processor.tokenizer.chat_template = CHAT_TEMPLATE.partition("{% endif %}")[2]  # no system turn: it is long
+    comparison = Comparison("<image>What colour?", ["red", "sky blue"], [(0, 1)], [Image.new("RGB", (56, 56), "red")])
     packed = pack([comparison], model.processor)
     tokens = [model.processor.tokenizer.decode([i]).replace("\n", "\\n") for i in packed.input_ids.tolist()]
     return model, packed, tokens

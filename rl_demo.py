@@ -44,7 +44,7 @@ import sys
 import time
 import unicodedata
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean, pstdev
@@ -60,7 +60,8 @@ from transformers.hf_argparser import HfArg
 
 from data import BadRow, Order, read_comparisons, synthetic, use_row
 from evaluate import markdown, page, receipt, thumbnails
-from model import Policy, RewardModel, encode, fill_packs, generate, pack, recompute_activations, replacing
+from model import (Policy, RewardModel, encode, fill_packs, generate, pack, quicken_vision, recompute_activations,
+                   replacing)
 from train import (check_numbers, claim_folder, command_line, complain, curve, draw_curves, from_first, gather,
                    gather_objects, open_log, read_log, read_state, say, spread, start_processes, stop_signals,
                    write_text)
@@ -267,6 +268,7 @@ UNITS = set("mm cm m km g kg s min h % ° percent degrees dollars euros inches f
 SPELT = {"([⁰¹²³⁴-⁹⁻]+)": r"^\1", r"(?<=\d),(?=\d{3}(?!\d))": "",  # 10² is not 102, 1,000 is 1000
          r"(?<![\d.])\.(?=\d)": "0.", r"(\.\d*?)0+(?!\d)": r"\1"}  # .5 is 0.5; 2.50 is 2.5
 
+@lru_cache(maxsize=100_000)  # rollouts repeat each other, and math-verify takes a millisecond
 def answer_matches(response: str, answer: str) -> bool:
     """3  Whether a response is the answer: the same option, the same words, or (math-verify) an equal formula. Only the
     last <answer> or \\boxed{} is read, if there is one. Case, spaces, emphasis and punctuation do not count.
@@ -416,6 +418,7 @@ def make_policy(cfg: Config, folder: Path, reward_model: RewardModel, rows=None)
     config = type(backbone.config).from_dict(backbone.config.to_dict())
     lm = kind.from_config(config, attn_implementation="branches", trust_remote_code=False)
     lm.model.load_state_dict(backbone.state_dict())
+    quicken_vision(lm)
     policy = Policy(lm.float(), replace(reward_model.processor, paradigm="naive")).to(reward_model.device).train()
     rows = rows or synthetic(steps * 16, seed=2_000_000 + cfg.seed)  # pictures of their own, never shown again
     optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), weight_decay=0.0)

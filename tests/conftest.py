@@ -1,10 +1,18 @@
-"""What the tests share: the scripts on the path, one tiny reward model with random weights, and commands that run
-beside the tests."""
+"""What the tests share: the scripts on the path, one tiny reward model with random weights, a second process for half
+of them, and commands that run beside them."""
 import json
 import os
+import pickle
+import signal
 import subprocess
 import sys
+import tempfile
+import time
+import traceback
+import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -14,16 +22,41 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import rl_demo  # noqa: E402
+import train  # noqa: E402
 from model import RewardModel, tiny_backbone  # noqa: E402
 
 # what the tiny tokenizer is trained on: fixed, so that token ids can be pinned
 TEXTS = ["What colour is the circle? red green blue", "How many shapes are there? 1 2 3 4", "Where is it? left right top bottom"] * 20
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    """Models this small gain nothing from a second one, and lose much where other programs want the cores."""
+def pytest_configure():
+    """Models this small gain nothing from a second thread, and lose much where other programs want the cores."""
     torch.set_num_threads(1)
+
+
+def draw_nothing(file, title, panels):
+    """In the place of train.draw_curves: matplotlib draws for longer than a short run takes. It could be drawn."""
+    for _, curves, dashed, _ in panels:
+        assert all(len([*map(float, point)]) == 2 for points in curves.values() for point in points)
+        assert all(isinstance(float(y), float) for y in dashed.values())
+    train.write_text(file, "<svg/>")
+    return "<svg/>"
+
+
+@contextmanager
+def real_curves(draw=train.draw_curves):
+    """For tests that look at pictures."""
+    with pytest.MonkeyPatch.context() as patch:
+        for script in (train, rl_demo):
+            patch.setattr(script, "draw_curves", draw)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_curves():
+    with real_curves(draw_nothing):
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -65,13 +98,17 @@ def command(make):
     return ended
 
 
+def waits(item):
+    return not COMMANDS.keys().isdisjoint(item.fixturenames)
+
+
 def pytest_collection_modifyitems(items):
     """Those that wait for a command come last: until then the others are run beside it."""
-    items.sort(key=lambda item: not COMMANDS.keys().isdisjoint(item.fixturenames))
+    items.sort(key=waits)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def begun(request, one_thread, tmp_path_factory, backbones):
+def begun(request, tmp_path_factory, backbones):
     """{name: future of (folder, process)}, or the error of making what the command needs."""
     def run(folder, words):
         environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -89,6 +126,141 @@ def begun(request, one_thread, tmp_path_factory, backbones):
         yield found
         pool.shutdown(cancel_futures=True)  # where the tests were stopped
 
+
+# ----------------------------------------------------------------------------------------------- two processes
+
+LONGEST = ["test_train.py", "test_families.py", "test_rl_demo.py", "test_paradigms.py"]  # begun first, then the others
+ENDED = set()  # the tests that were reported to their end
+
+
+def pytest_runtest_logfinish(nodeid):
+    ENDED.add(nodeid)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session):
+    """Two cores, two processes: a fork, for torch and transformers are loaded by then, and load for seconds.
+
+    Each takes the next test module from a pipe until there is none: whole modules, whose fixtures are then made once.
+    Commands are begun by the first process alone, which runs what waits for them. The fork writes down each call of a
+    hook that reports, and the first process makes it as if it were its own. Whatever was not reported to its end, since
+    the fork died, is an error. Nothing is forked where a person looks inside, or chose a single module."""
+    modules, waiting, option = {}, [item for item in session.items if waits(item)], session.config.option
+    for item in session.items[:len(session.items) - len(waiting)]:
+        modules.setdefault(item.path, []).append(item)
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
+    if cores < 2 or len(modules) < 2 or session.testsfailed or option.capture == "no" or any(
+            (option.collectonly, option.usepdb, option.trace, option.setupshow)):
+        return None  # pytest's own loop
+    order = sorted(modules, key=lambda path: LONGEST.index(path.name) if path.name in LONGEST else len(LONGEST))
+    queue, end = os.pipe()
+    os.write(end, bytes(range(len(order))))
+    os.close(end)
+    taken = (item for byte in iter(lambda: os.read(queue, 1), b"") for item in modules[order[byte[0]]])
+    session.config._tmp_path_factory.getbasetemp()  # one for both; folders in it are made atomically
+    sys.stdout.flush()
+    with tempfile.NamedTemporaryFile() as said:
+        if (fork := os.fork()) == 0:
+            run_fork(session, taken, said)
+        try:
+            run(session, chain(taken, waiting), lambda: pass_on(session, said))
+            while os.waitid(os.P_PID, fork, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+                time.sleep(0.05)
+                pass_on(session, said)
+        finally:  # also where the tests were stopped: the fork ends its test, and no other
+            os.kill(fork, signal.SIGUSR1)
+            status = os.waitstatus_to_exitcode(os.waitpid(fork, 0)[1])
+        pass_on(session, said)
+    for item in session.items:
+        if item.nodeid not in ENDED:
+            why = f"the second process ended before this test did, with status {status}"
+            report = pytest.TestReport(item.nodeid, item.location, {}, "failed", why, "setup")
+            session.config.hook.pytest_runtest_logreport(report=report)
+    return True
+
+
+def run(session, items, after_each=lambda: None):
+    """As pytest's own loop. A test is told which comes next, so that what both share is kept."""
+    item = next(items, None)
+    while item is not None:
+        following = next(items, None)
+        session.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+        after_each()
+        stop(session)
+        item = following
+
+
+def stop(session):
+    if session.shouldfail:  # -x
+        raise session.Failed(session.shouldfail)
+    if session.shouldstop:
+        raise session.Interrupted(session.shouldstop)
+
+
+def run_fork(session, items, said):
+    """Writes the name of a hook and its arguments for each report, and never returns."""
+    config, plugins = session.config, session.config.pluginmanager
+    file = open(said.name, "wb", buffering=0)
+
+    def tell(hook, **told):
+        file.write(pickle.dumps((hook, told)))
+
+    class Teller:
+        def pytest_runtest_logstart(self, nodeid, location):
+            tell("pytest_runtest_logstart", nodeid=nodeid, location=location)
+
+        def pytest_runtest_logreport(self, report):
+            data = config.hook.pytest_report_to_serializable(config=config, report=report)
+            tell("pytest_runtest_logreport", data=data)
+
+        def pytest_runtest_logfinish(self, nodeid, location):
+            tell("pytest_runtest_logfinish", nodeid=nodeid, location=location)
+
+        def pytest_warning_recorded(self, warning_message, when, nodeid, location):
+            of = warning_message
+            of = warnings.WarningMessage(str(of.message), of.category, of.filename, of.lineno)
+            tell("pytest_warning_recorded", warning_message=of, when=when, nodeid=nodeid, location=location)
+
+    status = 1
+    try:
+        signal.signal(signal.SIGUSR1, lambda *_: setattr(session, "shouldstop", "the first process stopped"))
+        plugins.unregister(name="terminalreporter")
+        plugins.register(Teller())
+        capture = plugins.getplugin("capturemanager")  # with files of its own
+        capture.stop_global_capturing()
+        capture.start_global_capturing()
+        capture.suspend_global_capture()
+        session.items = [item for item in session.items if not waits(item)]  # and so no command is begun here
+        try:
+            run(session, items)
+        finally:
+            session._setupstate.teardown_exact(None)
+        status = 0
+    except (session.Failed, session.Interrupted):
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+def pass_on(session, said):
+    """What the fork wrote since the last time, as calls of hooks in this process."""
+    hook = session.config.hook
+    while True:
+        place = said.tell()
+        try:
+            name, told = pickle.load(said)
+        except (EOFError, pickle.UnpicklingError):  # nothing, or not yet to its end
+            said.seek(place)
+            return
+        if name == "pytest_runtest_logreport":
+            told = {"report": hook.pytest_report_from_serializable(config=session.config, **told)}
+        call = getattr(hook, name)
+        call.call_historic(kwargs=told) if call.is_historic() else call(**told)
+
+
+# ----------------------------------------------------------------------------------------------- commands
 
 TWO_RANKS = {}  # {name of a script: function(folder, backbones) that makes what two_ranks.py needs, gives its settings}
 

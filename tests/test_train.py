@@ -12,6 +12,7 @@ import time
 import traceback
 from collections import Counter
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -23,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel
 
 import train
-from conftest import ROOT, TEXTS, TWO_RANKS, command
+from conftest import ROOT, TEXTS, TWO_RANKS, command, real_curves
 from data import BadRow, Comparison, Order, read_comparisons, synthetic, write_comparisons
 from model import RewardModel, Score, pack, tiny_backbone
 from train import Config, learning_rate, main, open_data, score_over_ranks, start_processes
@@ -318,7 +319,8 @@ def test_a_run_leaves_a_reward_model_its_log_and_a_summary(cfg, monkeypatch, cap
     """And asks for no step beyond the last."""
     asked, real = [], Order.step
     monkeypatch.setattr(Order, "step", lambda self, step: asked.append(step) or real(self, step))
-    assert main(cfg) == 0
+    with real_curves():
+        assert main(cfg) == 0
     out, said = cfg.out, capsys.readouterr().out
     assert asked == [0, 1, 2, 3, 4, 5] and [row["step"] for row in log_of(out)] == [1, 2, 3, 4, 5, 6]
     summary = summary_of(out)
@@ -328,6 +330,7 @@ def test_a_run_leaves_a_reward_model_its_log_and_a_summary(cfg, monkeypatch, cap
     assert f"--model {out} --data FOLDER" in said
     assert len(RewardModel.from_pretrained(out).score("What?", ["a", "b", "c"])) == 3
     assert not os.path.exists(f"{out}/checkpoint.pt")
+    assert find_spec("matplotlib") is None or "mean margin" in open(f"{out}/curve.svg").read()
     for change, words in [({}, "not empty"), ({"resume": True}, "finished run"),
                           ({"resume": True, "overwrite": True}, "contradict")]:
         with pytest.raises(ValueError, match=words):
@@ -635,9 +638,11 @@ def test_the_curve_begins_at_zero_and_survives_any_name(tmp_path):
     pytest.importorskip("matplotlib")
     file = tmp_path / "curve.svg"
     losses = [(step, 0.7 / step) for step in range(1, 942)] + [(950, math.nan)]
-    picture = train.draw_curves(file, "runs/a<b>&$c$", [
-        ("loss & co", {"<train>": losses}, {"log 2": 0.69}, None), ("accuracy", {"none": []}, {}, 1),
-        ("near", {"one": [(1, 7000.0), (2, 9000.0)]}, {}, None), ("below", {"one": [(1, -30.0), (2, 50.0)]}, {}, None)])
+    with real_curves():
+        picture = train.draw_curves(file, "runs/a<b>&$c$", [
+            ("loss & co", {"<train>": losses}, {"log 2": 0.69}, None), ("accuracy", {"none": []}, {}, 1),
+            ("near", {"one": [(1, 7000.0), (2, 9000.0)]}, {}, None),
+            ("below", {"one": [(1, -30.0), (2, 50.0)]}, {}, None)])
     assert picture == file.read_text()
     texts = {text.text for text in ElementTree.parse(file).getroot().iter("{http://www.w3.org/2000/svg}text")}
     assert {"runs/a<b>&$c$", "loss & co", "<train>", "log 2", "0.0", "1.0", "0", "8000", "\u221220"} <= texts
@@ -645,7 +650,8 @@ def test_the_curve_begins_at_zero_and_survives_any_name(tmp_path):
 
 def test_a_run_without_matplotlib_ends_well_and_says_what_draws_the_curve(cfg, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
-    assert main(replace(cfg, max_steps=1)) == 0
+    with real_curves():
+        assert main(replace(cfg, max_steps=1)) == 0
     assert "no curve.svg: pip install matplotlib draws it\n" in capsys.readouterr().out
     assert not os.path.exists(f"{cfg.out}/curve.svg") and summary_of(cfg.out)["steps"] == 1
 

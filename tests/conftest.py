@@ -1,8 +1,10 @@
 """What the tests share: the scripts on the path, one tiny reward model with random weights, a second process for half
 of them, and commands that run beside them."""
 import json
+import multiprocessing
 import os
 import pickle
+import runpy
 import signal
 import subprocess
 import sys
@@ -10,7 +12,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -80,6 +82,7 @@ def tiny(backbones):
 
 
 COMMANDS = {}  # {name of a fixture: function(folder, backbones) that makes what its command needs and gives its words}
+FORK = multiprocessing.get_context("fork")
 
 
 def command(make):
@@ -107,20 +110,41 @@ def pytest_collection_modifyitems(items):
     items.sort(key=waits)
 
 
+def run_script(folder, words):
+    """`python WORDS` as a fork, which has torch loaded already; what it says goes into files of the folder."""
+    process = FORK.Process(target=as_script, args=(folder, words))
+    process.start()
+    process.join(900)
+    if process.exitcode is None:
+        process.kill()
+        raise TimeoutError(f"{words[0]} takes more than 15 minutes")
+    said = [(folder / name).read_text() for name in ("stdout", "stderr")]
+    return folder, subprocess.CompletedProcess(words, process.exitcode, *said)
+
+
+def as_script(folder, words):
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    sys.argv = [str(word) for word in words]
+    os.chdir(ROOT)
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def begun(request, tmp_path_factory, backbones):
     """{name: future of (folder, process)}, or the error of making what the command needs."""
-    def run(folder, words):
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        words = ["nice", "-n", "10", *words]  # one core for the tests, and for these what is left
-        return folder, subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
-
     found = dict.fromkeys(name for item in request.session.items for name in item.fixturenames if name in COMMANDS)
-    with ThreadPoolExecutor(2) as pool:
+    if not found:
+        yield found
+        return
+    with ProcessPoolExecutor(2, FORK) as pool:
+        pool.submit(os.getpid).result()  # forks now, while there are no threads
         for name in found:
             folder = tmp_path_factory.mktemp(name)
             try:
-                found[name] = pool.submit(run, folder, COMMANDS[name](folder, backbones))
+                found[name] = pool.submit(run_script, folder, COMMANDS[name](folder, backbones))
             except Exception as error:  # of the tests that ask for it, not of all
                 found[name] = error
         yield found
@@ -146,8 +170,9 @@ def pytest_runtestloop(session):
     hook that reports, and the first process makes it as if it were its own. Whatever was not reported to its end, since
     the fork died, is an error. Nothing is forked where a person looks inside, or chose a single module."""
     modules, waiting, option = {}, [item for item in session.items if waits(item)], session.config.option
-    for item in session.items[:len(session.items) - len(waiting)]:
-        modules.setdefault(item.path, []).append(item)
+    for item in session.items:
+        if not waits(item):
+            modules.setdefault(item.path, []).append(item)
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
     if cores < 2 or len(modules) < 2 or session.testsfailed or option.capture == "no" or any(
             (option.collectonly, option.usepdb, option.trace, option.setupshow)):
@@ -267,10 +292,9 @@ TWO_RANKS = {}  # {name of a script: function(folder, backbones) that makes what
 
 @command
 def two_ranks(folder, backbones):
-    """All that needs two processes, in one torchrun, which loads torch once for each: folder/SCRIPT is what it leaves
-    of each script. What the tests compare with it is done by one process."""
+    """All that needs two processes: folder/SCRIPT is what it leaves of each script. What the tests compare with it is
+    done by one process."""
     for script, make in TWO_RANKS.items():
         (folder / script).mkdir()
         (folder / script / "settings.json").write_text(json.dumps(make(folder / script, backbones)))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    return [*torchrun, "tests/two_ranks.py", folder]
+    return ["tests/two_ranks.py", folder]

@@ -244,7 +244,8 @@ def run_fork(session, items, said):
         def pytest_warning_recorded(self, warning_message, when, nodeid, location):
             of = warning_message
             of = warnings.WarningMessage(str(of.message), of.category, of.filename, of.lineno)
-            tell("pytest_warning_recorded", warning_message=of, when=when, nodeid=nodeid, location=location)
+            if when == "runtest":  # and not those of before the fork, which are told again to whoever joins
+                tell("pytest_warning_recorded", warning_message=of, when=when, nodeid=nodeid, location=location)
 
     status = 1
     try:

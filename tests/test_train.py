@@ -109,11 +109,16 @@ def test_a_step_does_not_depend_on_how_its_pairs_fall_into_packs(backbones, draw
     assert parts_sums.tolist() == pytest.approx(whole_sums.tolist(), rel=1e-5)
 
 
+def four_steps(backbone, data, out):
+    """Of two ranks or nodes, each step is dear."""
+    return replace(small_run(backbone, data, out), max_steps=4)
+
+
 def make_two_ranks(folder, backbones):
     kinds = {"critic": "internvl", "direct": "qwen2_5_vl", "think": "qwen3_vl"}  # the first's embedding and head are one weight
     writers = {p: str(tiny_backbone(folder / p, TEXTS, kind=k, width=64, vocabulary_head=True)) for p, k in kinds.items()}
     told = {"backbone": str(backbones()), "writers": writers, "drawn": str(draw(folder / "drawn"))}
-    return told | {"config": asdict(small_run(backbones(), folder / "drawn", folder / "one"))}
+    return told | {"config": asdict(four_steps(backbones(), folder / "drawn", folder / "one"))}
 
 
 TWO_RANKS["train"] = make_two_ranks
@@ -125,7 +130,7 @@ def of_two(two_ranks, backbones):
     root, run = two_ranks
     here = root / "train"
     assert run.returncode == 0, run.stderr[-3000:]
-    assert main(small_run(backbones(), here / "drawn", here / "one")) == 0
+    assert main(four_steps(backbones(), here / "drawn", here / "one")) == 0
     return here, torch.load(here / "results.pt", weights_only=True), run.stdout, run.stderr
 
 
@@ -162,7 +167,7 @@ def test_a_sharded_model_computes_with_the_very_weights_of_an_unsharded_one(of_t
 
 
 def test_two_ranks_end_where_one_ends(of_two):
-    """Also sharded, stopped by a signal to one rank, and resumed where only the first rank has the checkpoint. Six
+    """Also sharded, stopped by a signal to one rank, and resumed where only the first rank has the checkpoint. Four
     steps of AdamW at 1e-3: gradients differ by rounding (1e-7), but Adam divides each by its own size, so that a weight
     whose gradient is as small as the rounding may move by up to the rate either way: hence 1e-3 for the weights."""
     here, results, said, _ = of_two
@@ -194,13 +199,13 @@ def test_a_checkpoint_in_parts_is_read_by_another_number_of_ranks_and_holds_no_p
         assert main(replace(parts, out=str(here / name), shard=shard)) == 0
         assert relative(weights(here / name), weights(here / "one")) < 1e-3
         losses = [[row["loss"] for row in log_of(here / folder)] for folder in (name, "one")]
-        assert losses[0] == pytest.approx(losses[1], rel=1e-3) and len(losses[0]) == 6
+        assert losses[0] == pytest.approx(losses[1], rel=1e-3) and len(losses[0]) == 4
         assert not [*(here / name).glob("checkpoint*")]
 
 
 @command
 def two_nodes_of_train(folder, backbones):
-    cfg = small_run(backbones(), draw(folder / "drawn"), "run")
+    cfg = four_steps(backbones(), draw(folder / "drawn"), "run")
     words = flags(replace(cfg, shard="node", resume=True, save_every=1))
     return ["tests/two_nodes.py", folder, *words]
 
@@ -209,7 +214,7 @@ def test_two_nodes_take_the_steps_of_one_and_go_on_by_themselves_after_a_worker_
     """Each with a disk of its own, sharded within the node; the first rank alone writes, and resumes for all."""
     here, run = two_nodes_of_train
     assert run.returncode == 0, run.stderr
-    assert main(small_run(backbones(), here / "drawn", here / "one")) == 0
+    assert main(four_steps(backbones(), here / "drawn", here / "one")) == 0
     assert "going on from step" in (here / "node-0" / "said").read_text() and not (here / "node-1" / "run").exists()
     assert relative(weights(here / "node-0" / "run"), weights(here / "one")) < 1e-3
     losses = [[row["loss"] for row in log_of(folder)] for folder in (here / "node-0" / "run", here / "one")]
@@ -382,7 +387,7 @@ def test_a_resumed_run_does_not_keep_the_checkpoint_that_it_replaces(cfg, monkey
 def test_after_kill_9_the_run_folder_holds_a_complete_checkpoint(cfg, monkeypatch):
     long = replace(cfg, max_steps=2000, save_every=1)
     run = subprocess.Popen([sys.executable, "train.py", *flags(long)], cwd=ROOT, stdout=subprocess.DEVNULL,
-                           stderr=subprocess.DEVNULL)
+                           stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
     while run.poll() is None and not os.path.exists(f"{cfg.out}/checkpoint.pt"):
         time.sleep(0.05)
     with pytest.raises(ValueError, match="(?i)another|process"):  # while it runs
@@ -510,7 +515,7 @@ def test_a_model_whose_weights_or_rewards_are_not_finite_is_no_result(cfg, monke
 def test_eight_pairs_are_memorised(cfg, tmp_path):
     rows = [Comparison(f"Number {i}?", ["yes", "no"] if i % 3 else ["no", "yes"], [(0, 1)]) for i in range(8)]
     folder = str(write_comparisons(tmp_path / "eight", rows, bar=False))
-    assert main(replace(cfg, data=[folder], eval_data=[folder], max_steps=40, lr=3e-3)) == 0
+    assert main(replace(cfg, data=[folder], eval_data=[folder], max_steps=25, lr=3e-3)) == 0
     assert summary_of(cfg.out)["accuracy"] == 1.0
 
 

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import runpy
 import signal
 import subprocess
@@ -26,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 import rl_demo  # noqa: E402
 import train  # noqa: E402
+from transformers import PretrainedConfig  # noqa: E402
 from model import RewardModel, tiny_backbone  # noqa: E402
 
 # what the tiny tokenizer is trained on: fixed, so that token ids can be pinned
@@ -33,8 +35,12 @@ TEXTS = ["What colour is the circle? red green blue", "How many shapes are there
 
 
 def pytest_configure():
-    """Models this small gain nothing from a second thread, and lose much where other programs want the cores."""
+    """Models this small gain nothing from a second thread, and lose much where other programs want the cores. And with
+    each that it loads, transformers compiles hundreds of patterns, more than Python keeps, and prints configurations
+    for a log that nobody reads: a tenth of all."""
     torch.set_num_threads(1)
+    re._MAXCACHE = 1 << 14
+    PretrainedConfig.__repr__ = object.__repr__
 
 
 def draw_nothing(file, title, panels):
@@ -82,6 +88,7 @@ def tiny(backbones):
 
 
 COMMANDS = {}  # {name of a fixture: function(folder, backbones) that makes what its command needs and gives its words}
+BEGUN = {}
 FORK = multiprocessing.get_context("fork")
 
 
@@ -135,19 +142,19 @@ def as_script(folder, words):
 @pytest.fixture(scope="session", autouse=True)
 def begun(request, tmp_path_factory, backbones):
     """{name: future of (folder, process)}, or the error of making what the command needs."""
-    found = dict.fromkeys(name for item in request.session.items for name in item.fixturenames if name in COMMANDS)
-    if not found:
-        yield found
+    BEGUN.update(dict.fromkeys(name for item in request.session.items for name in item.fixturenames if name in COMMANDS))
+    if not BEGUN:
+        yield BEGUN
         return
     with ProcessPoolExecutor(2, FORK) as pool:
         pool.submit(os.getpid).result()  # forks now, while there are no threads
-        for name in found:
+        for name in BEGUN:
             folder = tmp_path_factory.mktemp(name)
             try:
-                found[name] = pool.submit(run_script, folder, COMMANDS[name](folder, backbones))
+                BEGUN[name] = pool.submit(run_script, folder, COMMANDS[name](folder, backbones))
             except Exception as error:  # of the tests that ask for it, not of all
-                found[name] = error
-        yield found
+                BEGUN[name] = error
+        yield BEGUN
         pool.shutdown(cancel_futures=True)  # where the tests were stopped
 
 
@@ -181,14 +188,14 @@ def pytest_runtestloop(session):
     queue, end = os.pipe()
     os.write(end, bytes(range(len(order))))
     os.close(end)
-    taken = (item for byte in iter(lambda: os.read(queue, 1), b"") for item in modules[order[byte[0]]])
+    taken = (modules[order[byte[0]]] for byte in iter(lambda: os.read(queue, 1), b""))
     session.config._tmp_path_factory.getbasetemp()  # one for both; folders in it are made atomically
     sys.stdout.flush()
     with tempfile.NamedTemporaryFile() as said:
         if (fork := os.fork()) == 0:
-            run_fork(session, taken, said)
+            run_fork(session, chain.from_iterable(taken), said)
         try:
-            run(session, chain(taken, waiting), lambda: pass_on(session, said))
+            run(session, with_waiting(taken, waiting), lambda: pass_on(session, said))
             while os.waitid(os.P_PID, fork, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
                 time.sleep(0.05)
                 pass_on(session, said)
@@ -202,6 +209,16 @@ def pytest_runtestloop(session):
             report = pytest.TestReport(item.nodeid, item.location, {}, "failed", why, "setup")
             session.config.hook.pytest_runtest_logreport(report=report)
     return True
+
+
+def with_waiting(taken, waiting):
+    """Those that wait for commands follow the first module by whose end the commands have ended."""
+    for items in taken:
+        yield from items
+        if waiting and all(isinstance(command, Exception) or command.done() for command in BEGUN.values()):
+            yield from waiting
+            waiting = []
+    yield from waiting
 
 
 def run(session, items, after_each=lambda: None):

@@ -31,7 +31,8 @@ from transformers import PretrainedConfig  # noqa: E402
 from model import RewardModel, tiny_backbone  # noqa: E402
 
 # what the tiny tokenizer is trained on: fixed, so that token ids can be pinned
-TEXTS = ["What colour is the circle? red green blue", "How many shapes are there? 1 2 3 4", "Where is it? left right top bottom"] * 20
+TEXTS = ["What colour is the circle? red green blue", "How many shapes are there? 1 2 3 4",
+         "Where is it? left right top bottom"] * 20
 
 
 def pytest_configure():
@@ -88,7 +89,7 @@ def tiny(backbones):
 
 
 COMMANDS = {}  # {name of a fixture: function(folder, backbones) that makes what its command needs and gives its words}
-BEGUN = {}
+BEGUN = {}  # {name: future of (folder, process), or the error of making what the command needs}
 FORK = multiprocessing.get_context("fork")
 
 
@@ -142,7 +143,8 @@ def as_script(folder, words):
 @pytest.fixture(scope="session", autouse=True)
 def begun(request, tmp_path_factory, backbones):
     """{name: future of (folder, process)}, or the error of making what the command needs."""
-    BEGUN.update(dict.fromkeys(name for item in request.session.items for name in item.fixturenames if name in COMMANDS))
+    asked = dict.fromkeys(name for item in request.session.items for name in item.fixturenames)
+    BEGUN.update((name, None) for name in asked if name in COMMANDS)
     if not BEGUN:
         yield BEGUN
         return

@@ -328,12 +328,12 @@ def test_what_each_family_writes_has_the_probability_that_a_pack_gives_it(tmp_pa
 def test_each_family_trains_frozen_and_sharded_and_is_a_policy(kind, tmp_path):
     """`train.py --backbone tiny-...`, alone and sharded, with a vision tower that does not move; then rl_demo.py on it."""
     name = next(name for name, made in train.TINY.items() if made == kind)
-    data = str(write_comparisons(tmp_path / "drawn", synthetic(12, seed=5), bar=False))
+    data, held = (str(write_comparisons(tmp_path / f"drawn{n}", synthetic(n, seed=5), bar=False)) for n in (12, 3))
     weights = []
     for shard in ("none", "all"):
         out = tmp_path / f"run{shard}"
-        cfg = train.Config(backbone=name, data=[data], eval_data=[data], out=str(out), batch_size=8, max_steps=2, eval_every=0,
-                           freeze_vision=True, shard=shard, gradient_checkpointing=shard == "all")
+        cfg = train.Config(backbone=name, data=[data], eval_data=[held], out=str(out), batch_size=8, max_steps=2,
+                           eval_every=0, freeze_vision=True, shard=shard, gradient_checkpointing=shard == "all")
         assert train.main(cfg.resolved()) == 0
         weights.append(RewardModel.from_pretrained(out).state_dict())
     start = RewardModel.from_backbone(tmp_path / "runnone" / "tiny_backbone").state_dict()

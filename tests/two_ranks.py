@@ -151,8 +151,8 @@ def of_train(here, told):
 
 
 def on_rank(rank, port, root):
-    ranks = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    os.environ |= {name: str(value) for name, value in ranks.items()}
+    told = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    os.environ |= {name: str(value) for name, value in told.items()}
     train.start_processes()
     for name, run in {"evaluate": of_evaluate, "rl_demo": of_rl_demo, "train": of_train}.items():
         if (settings := root / name / "settings.json").exists():

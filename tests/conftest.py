@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import os
 import pickle
-import re
 import runpy
 import signal
 import subprocess
@@ -27,7 +26,6 @@ sys.path.insert(0, str(ROOT))
 
 import rl_demo  # noqa: E402
 import train  # noqa: E402
-from transformers import PretrainedConfig  # noqa: E402
 from model import RewardModel, tiny_backbone  # noqa: E402
 
 # what the tiny tokenizer is trained on: fixed, so that token ids can be pinned
@@ -36,12 +34,8 @@ TEXTS = ["What colour is the circle? red green blue", "How many shapes are there
 
 
 def pytest_configure():
-    """Models this small gain nothing from a second thread, and lose much where other programs want the cores. And with
-    each that it loads, transformers compiles hundreds of patterns, more than Python keeps, and prints configurations
-    for a log that nobody reads: a tenth of all."""
+    """Models this small gain nothing from a second thread, and lose much where other programs want the cores."""
     torch.set_num_threads(1)
-    re._MAXCACHE = 1 << 14
-    PretrainedConfig.__repr__ = object.__repr__
 
 
 def draw_nothing(file, title, panels):

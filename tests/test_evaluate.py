@@ -379,7 +379,8 @@ TWO_RANKS["evaluate"] = make_two_ranks
 
 
 def test_two_ranks_give_the_predictions_of_one(scored, two_ranks):
-    """Real torchrun over gloo. A chunk's packs do not depend on who scores them, so what is left is the rounding of threaded sums."""
+    """Two processes over gloo. A chunk's packs do not depend on who scores them, so what is left is the rounding of
+    threaded sums."""
     (*_, rows), (root, done) = scored, two_ranks
     assert done.returncode == 0, done.stderr[-2000:]
     left = (root / "evaluate" / "out" / "drawn" / "predictions.jsonl").read_text()

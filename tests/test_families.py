@@ -98,12 +98,12 @@ def chat_template(kind: str) -> str:
 def published(tmp_path_factory):
     """Folders like the published checkpoints, by kind: their configuration and their token ids, random narrow weights."""
     root, made = tmp_path_factory.mktemp("published"), {}
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = {word: i for i, word in enumerate([*letters, *(f"word {i}" for i in range(151643 - len(letters)))])}
 
     def folder(kind):
         if kind in made:
             return made[kind]
-        letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-        words = {word: i for i, word in enumerate([*letters, *(f"word {i}" for i in range(151643 - len(letters)))])}
         bpe = Tokenizer(models.BPE(words, []))
         bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
         added = ADDED + MORE.get(kind, [])
@@ -115,14 +115,14 @@ def published(tmp_path_factory):
         torch.manual_seed(0)
         made[kind] = root / kind
         config = AutoConfig.for_model(kind, **PUBLISHED[kind])
-        AutoModelForImageTextToText.from_config(config).save_pretrained(made[kind])
+        AutoModelForImageTextToText.from_config(config).bfloat16().save_pretrained(made[kind])
         tokenizer.save_pretrained(made[kind])
         pil = GotOcr2ImageProcessorPil if kind == "internvl" else Qwen2VLImageProcessorPil
         pil(**PIXELS[kind]).save_pretrained(made[kind])
         return made[kind]
 
     yield folder
-    shutil.rmtree(root)  # 80 MB each: mostly the vocabulary
+    shutil.rmtree(root)  # 80 MB each and more: mostly the vocabulary
 
 
 PROCESSORS = {"qwen2_vl": Qwen2VLProcessor, "qwen2_5_vl": Qwen2_5_VLProcessor, "qwen3_vl": Qwen3VLProcessor, "internvl": InternVLProcessor}
@@ -328,12 +328,12 @@ def test_what_each_family_writes_has_the_probability_that_a_pack_gives_it(tmp_pa
 def test_each_family_trains_frozen_and_sharded_and_is_a_policy(kind, tmp_path):
     """`train.py --backbone tiny-...`, alone and sharded, with a vision tower that does not move; then rl_demo.py on it."""
     name = next(name for name, made in train.TINY.items() if made == kind)
-    data = str(write_comparisons(tmp_path / "drawn", synthetic(12, seed=5), bar=False))
+    data, held = (str(write_comparisons(tmp_path / f"drawn{n}", synthetic(n, seed=5), bar=False)) for n in (12, 3))
     weights = []
     for shard in ("none", "all"):
         out = tmp_path / f"run{shard}"
-        cfg = train.Config(backbone=name, data=[data], eval_data=[data], out=str(out), batch_size=8, max_steps=2, eval_every=0,
-                           freeze_vision=True, shard=shard, gradient_checkpointing=shard == "all")
+        cfg = train.Config(backbone=name, data=[data], eval_data=[held], out=str(out), batch_size=8, max_steps=2,
+                           eval_every=0, freeze_vision=True, shard=shard, gradient_checkpointing=shard == "all")
         assert train.main(cfg.resolved()) == 0
         weights.append(RewardModel.from_pretrained(out).state_dict())
     start = RewardModel.from_backbone(tmp_path / "runnone" / "tiny_backbone").state_dict()

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, TEXTS, TWO_RANKS
+from conftest import ROOT, TEXTS, TWO_RANKS, real_curves
 from safetensors.torch import load_file
 from transformers import HfArgumentParser
 
@@ -339,7 +339,8 @@ def test_every_rollout_gets_the_reward_of_its_own_words(policy, tiny, monkeypatc
 
 @pytest.fixture(scope="module")
 def whole_run(flags, tmp_path_factory):
-    return run(flags, tmp_path_factory.mktemp("runs") / "whole")
+    with real_curves():
+        return run(flags, tmp_path_factory.mktemp("runs") / "whole")
 
 
 def weights_of(out):
@@ -374,7 +375,8 @@ def test_a_report_without_matplotlib_has_all_but_the_picture(whole_run, tmp_path
     (tmp_path / "run" / "curves.svg").unlink(missing_ok=True)
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
     _, held = rl.open_prompts(whole_run)
-    rl.write_report(tmp_path / "run", held, whole_run, torch.device("cpu"))
+    with real_curves():
+        rl.write_report(tmp_path / "run", held, whole_run, torch.device("cpu"))
     assert capsys.readouterr().out == "no curves.svg: pip install matplotlib draws it\n"
     html = (tmp_path / "run" / "index.html").read_text()
     assert "<svg" not in html and "Some prompts, before and after" in html and "data:image/jpeg" in html

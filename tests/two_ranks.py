@@ -1,8 +1,12 @@
-"""What the tests run under torchrun, on two ranks: steps, forwards and whole runs. Argument: a folder with one of each
-script, SCRIPT/settings.json, which takes the results. In-process, `gradient` is the same with one rank."""
+"""What the tests run on two ranks: steps, forwards and whole runs. Argument: a folder with one of each script,
+SCRIPT/settings.json, which takes the results. In-process, `gradient` is the same with one rank.
+
+The ranks are forks, told what torchrun tells its workers, and torch is loaded once; torchrun is in two_nodes.py."""
 import json
+import multiprocessing
 import os
 import signal
+import socket
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint.state_dict as dcp
 
-from conftest import ROOT  # noqa: F401  (puts the scripts on the path)
+from conftest import draw_nothing, real_curves  # which puts the scripts on the path
 import evaluate
 import rl_demo
 import train
@@ -38,7 +42,7 @@ class KeepGradient:
         pass
 
 
-def gradient(backbone, folder, pack_tokens=120, shard="none", lora=0, paradigm="naive", batch_size=64):
+def gradient(backbone, folder, pack_tokens=240, shard="none", lora=0, paradigm="naive", batch_size=64):
     """The gradient of the first step of what is trained, by name, the sums of `take_step`, and (pairs, packs, images,
     texts) of each rank. In fp64, where rounding hides no mistake: in fp32 the sums of one step, taken in another order,
     differ by 2e-6."""
@@ -146,17 +150,32 @@ def of_train(here, told):
         torch.save(results, here / "results.pt")
 
 
-if __name__ == "__main__":
-    root = Path(sys.argv[1])
+def on_rank(rank, port, root):
+    told = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    os.environ |= {name: str(value) for name, value in told.items()}
     train.start_processes()
     for name, run in {"evaluate": of_evaluate, "rl_demo": of_rl_demo, "train": of_train}.items():
         if (settings := root / name / "settings.json").exists():
-            run(root / name, json.loads(settings.read_text()))
+            with real_curves(draw_nothing):
+                run(root / name, json.loads(settings.read_text()))
     dist.barrier()
-    if dist.get_rank() == 1:
+    if rank == 1:
         os._exit(0)  # as if it were killed: no word to the other
     sys.argv[1:] = []
     try:
         train.command_line(lambda _: train.gather([0.0]), Config, "train.py")
     except SystemExit as end:
         os._exit(0 if end.code == 1 else 1)
+
+
+if __name__ == "__main__":
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    fork = multiprocessing.get_context("fork")
+    ranks = [fork.Process(target=on_rank, args=(rank, port, Path(sys.argv[1]))) for rank in (0, 1)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    sys.exit(any(rank.exitcode for rank in ranks))

@@ -1132,28 +1132,28 @@ CHAT_TEMPLATE = (  # the shape of Qwen's template, for messages whose contents a
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
-def tiny_backbone(directory, texts, seed=0, kind="qwen2_5_vl", vocab_size=512, width=128, vocabulary_head=False):
+def tiny_backbone(directory, texts, seed=0, kind="qwen2_5_vl", width=128, layers=4, vocabulary_head=False):
     """Writes a checkpoint with random weights and a byte-level BPE trained on `texts`, in the hub's layout.
 
-    kind: one of FAMILIES, or the text-only "qwen2" and "qwen3". The same classes as the 7B, four layers deep, 1.7M
-    parameters: whatever loads this folder loads Qwen/Qwen2.5-VL-7B-Instruct. Trap: the initial weights must not be
-    small. With transformers' default of 0.02, far below 1/sqrt(width), such a model sits at log 2 for many steps.
-    Nor may rope_theta be large: with the usual 10,000 the columns of an image of three by three tokens differ by an
-    angle of 0.006, and left is right."""
+    kind: one of FAMILIES, or the text-only "qwen2" and "qwen3". The same classes as the 7B, 1.7M parameters: whatever
+    loads this folder loads Qwen/Qwen2.5-VL-7B-Instruct. Trap: the initial weights must not be small. With transformers'
+    default of 0.02, far below 1/sqrt(width), such a model sits at log 2 for many steps. Nor may rope_theta be large:
+    with the usual 10,000 the columns of an image of three by three tokens differ by an angle of 0.006, and left is
+    right."""
     from tokenizers import ByteLevelBPETokenizer, Tokenizer
 
     special = ["<|endoftext|>", "<|im_start|>", END, "<|vision_start|>", "<|vision_end|>", IMAGE_PAD, VIDEO_PAD]
     special += ["<img>", "</img>", "<IMG_CONTEXT>"] * (kind == "internvl")
     chat = ["system\nYou are a helpful assistant.", "\n", "user\n", "assistant\n"] * 100  # become whole tokens
     bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator([*chat, *texts], vocab_size, min_frequency=0, show_progress=False, special_tokens=special)
+    bpe.train_from_iterator([*chat, *texts], 512, min_frequency=0, show_progress=False, special_tokens=special)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(bpe.to_str()), eos_token=END, pad_token=special[0],
         additional_special_tokens=special[1:2] + special[3:], chat_template=CHAT_TEMPLATE)
 
     sees = kind in FAMILIES
     rope = {"rope_theta": 20.0, "mrope_section": [width // 32, width // 32 * 3 // 2, width // 32 * 3 // 2]}
-    text = dict(vocab_size=vocab_size, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=4,
+    text = dict(vocab_size=512, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
                 num_attention_heads=4, num_key_value_heads=2, head_dim=width // 4, max_position_embeddings=8192,
                 initializer_range=0.08, bos_token_id=0, pad_token_id=0, eos_token_id=special.index(END),
                 rope_parameters={"rope_type": "default"} | (rope if sees else {"rope_theta": 10000.0}))

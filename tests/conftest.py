@@ -3,7 +3,6 @@ of them, and commands that run beside them."""
 import json
 import multiprocessing
 import os
-import pickle
 import runpy
 import signal
 import subprocess
@@ -11,9 +10,9 @@ import sys
 import tempfile
 import time
 import traceback
-import warnings
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -36,6 +35,10 @@ TEXTS = ["What colour is the circle? red green blue", "How many shapes are there
 def pytest_configure():
     """Models this small gain nothing from a second thread, and lose much where other programs want the cores."""
     torch.set_num_threads(1)
+
+
+small_backbone = partial(tiny_backbone, texts=TEXTS, width=64, layers=2)  # half as deep: as much to test, less to wait for
+train.tiny_backbone = partial(tiny_backbone, layers=2)  # --backbone tiny of the runs in this process
 
 
 def draw_nothing(file, title, panels):
@@ -69,7 +72,7 @@ def backbones(tmp_path_factory):
 
     def folder(kind="qwen2_5_vl"):
         if kind not in made:
-            made[kind] = tiny_backbone(root / kind, TEXTS, kind=kind, width=64)
+            made[kind] = small_backbone(root / kind, kind=kind)
         return made[kind]
 
     return folder
@@ -156,12 +159,13 @@ def begun(request, tmp_path_factory, backbones):
 
 # ----------------------------------------------------------------------------------------------- two processes
 
-LONGEST = ["test_train.py", "test_families.py", "test_rl_demo.py", "test_paradigms.py"]  # begun first, then the others
+LONGEST = ["test_train.py", "test_rl_demo.py", "test_families.py", "test_paradigms.py"]  # begun first, then the others
 ENDED = set()  # the tests that were reported to their end
 
 
-def pytest_runtest_logfinish(nodeid):
-    ENDED.add(nodeid)
+def pytest_runtest_logreport(report):
+    if report.when == "teardown":
+        ENDED.add(report.nodeid)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -169,16 +173,15 @@ def pytest_runtestloop(session):
     """Two cores, two processes: a fork, for torch and transformers are loaded by then, and load for seconds.
 
     Each takes the next test module from a pipe until there is none: whole modules, whose fixtures are then made once.
-    Commands are begun by the first process alone, which runs what waits for them. The fork writes down each call of a
-    hook that reports, and the first process makes it as if it were its own. Whatever was not reported to its end, since
-    the fork died, is an error. Nothing is forked where a person looks inside, or chose a single module."""
-    modules, waiting, option = {}, [item for item in session.items if waits(item)], session.config.option
+    Commands are begun by the first process alone, which runs what waits for them. The fork writes its reports into a
+    file, and the first process reads them out as if they were its own; a test whose end was never reported, since the
+    fork died, is an error. Nothing is forked where a person looks inside, or chose a single module."""
+    option, hook, modules, waiting = session.config.option, session.config.hook, {}, []
     for item in session.items:
-        if not waits(item):
-            modules.setdefault(item.path, []).append(item)
+        (waiting if waits(item) else modules.setdefault(item.path, [])).append(item)
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
-    if cores < 2 or len(modules) < 2 or session.testsfailed or option.capture == "no" or any(
-            (option.collectonly, option.usepdb, option.trace, option.setupshow)):
+    looks_inside = option.capture == "no" or option.collectonly or option.usepdb or option.trace or option.setupshow
+    if cores < 2 or len(modules) < 2 or session.testsfailed or looks_inside:
         return None  # pytest's own loop
     order = sorted(modules, key=lambda path: LONGEST.index(path.name) if path.name in LONGEST else len(LONGEST))
     queue, end = os.pipe()
@@ -188,22 +191,30 @@ def pytest_runtestloop(session):
     session.config._tmp_path_factory.getbasetemp()  # one for both; folders in it are made atomically
     sys.stdout.flush()
     with tempfile.NamedTemporaryFile() as said:
-        if (fork := os.fork()) == 0:
-            run_fork(session, chain.from_iterable(taken), said)
+        fork, rest = os.fork(), b""
+        if not fork:
+            run_fork(session, chain.from_iterable(taken), said.name)
+
+        def read_out():
+            nonlocal rest
+            *lines, rest = (rest + said.read()).split(b"\n")  # of the last line the end may be missing still
+            for line in lines:
+                report = hook.pytest_report_from_serializable(config=session.config, data=json.loads(line))
+                hook.pytest_runtest_logreport(report=report)
+
         try:
-            run(session, with_waiting(taken, waiting), lambda: pass_on(session, said))
-            while os.waitid(os.P_PID, fork, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            run(session, with_waiting(taken, waiting), read_out)
+            while (ended := os.waitpid(fork, os.WNOHANG)) == (0, 0):
                 time.sleep(0.05)
-                pass_on(session, said)
-        finally:  # also where the tests were stopped: the fork ends its test, and no other
-            os.kill(fork, signal.SIGUSR1)
-            status = os.waitstatus_to_exitcode(os.waitpid(fork, 0)[1])
-        pass_on(session, said)
+                read_out()
+        except BaseException:  # the tests were stopped
+            os.kill(fork, signal.SIGKILL)
+            raise
+        read_out()
     for item in session.items:
         if item.nodeid not in ENDED:
-            why = f"the second process ended before this test did, with status {status}"
-            report = pytest.TestReport(item.nodeid, item.location, {}, "failed", why, "setup")
-            session.config.hook.pytest_runtest_logreport(report=report)
+            why = f"the second process ended before this test did, with status {os.waitstatus_to_exitcode(ended[1])}"
+            hook.pytest_runtest_logreport(report=pytest.TestReport(item.nodeid, item.location, {}, "failed", why, "setup"))
     return True
 
 
@@ -211,7 +222,7 @@ def with_waiting(taken, waiting):
     """Those that wait for commands follow the first module by whose end the commands have ended."""
     for items in taken:
         yield from items
-        if waiting and all(isinstance(command, Exception) or command.done() for command in BEGUN.values()):
+        if all(isinstance(command, Exception) or command.done() for command in BEGUN.values()):
             yield from waiting
             waiting = []
     yield from waiting
@@ -224,47 +235,26 @@ def run(session, items, after_each=lambda: None):
         following = next(items, None)
         session.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
         after_each()
-        stop(session)
+        if session.shouldfail:  # -x
+            raise session.Failed(session.shouldfail)
+        if session.shouldstop:
+            raise session.Interrupted(session.shouldstop)
         item = following
 
 
-def stop(session):
-    if session.shouldfail:  # -x
-        raise session.Failed(session.shouldfail)
-    if session.shouldstop:
-        raise session.Interrupted(session.shouldstop)
+def run_fork(session, items, file):
+    """The tests of the second process, which writes a line for each report, and ends here."""
+    config, plugins, status = session.config, session.config.pluginmanager, 1
 
-
-def run_fork(session, items, said):
-    """Writes the name of a hook and its arguments for each report, and never returns."""
-    config, plugins = session.config, session.config.pluginmanager
-    file = open(said.name, "wb", buffering=0)
-
-    def tell(hook, **told):
-        file.write(pickle.dumps((hook, told)))
-
-    class Teller:
-        def pytest_runtest_logstart(self, nodeid, location):
-            tell("pytest_runtest_logstart", nodeid=nodeid, location=location)
-
+    class Writer:
         def pytest_runtest_logreport(self, report):
             data = config.hook.pytest_report_to_serializable(config=config, report=report)
-            tell("pytest_runtest_logreport", data=data)
+            os.write(said, json.dumps(data, default=str).encode() + b"\n")
 
-        def pytest_runtest_logfinish(self, nodeid, location):
-            tell("pytest_runtest_logfinish", nodeid=nodeid, location=location)
-
-        def pytest_warning_recorded(self, warning_message, when, nodeid, location):
-            of = warning_message
-            of = warnings.WarningMessage(str(of.message), of.category, of.filename, of.lineno)
-            if when == "runtest":  # and not those of before the fork, which are told again to whoever joins
-                tell("pytest_warning_recorded", warning_message=of, when=when, nodeid=nodeid, location=location)
-
-    status = 1
     try:
-        signal.signal(signal.SIGUSR1, lambda *_: setattr(session, "shouldstop", "the first process stopped"))
+        said = os.open(file, os.O_WRONLY | os.O_APPEND)
         plugins.unregister(name="terminalreporter")
-        plugins.register(Teller())
+        plugins.register(Writer())
         capture = plugins.getplugin("capturemanager")  # with files of its own
         capture.stop_global_capturing()
         capture.start_global_capturing()
@@ -281,22 +271,6 @@ def run_fork(session, items, said):
         traceback.print_exc()
     finally:
         os._exit(status)
-
-
-def pass_on(session, said):
-    """What the fork wrote since the last time, as calls of hooks in this process."""
-    hook = session.config.hook
-    while True:
-        place = said.tell()
-        try:
-            name, told = pickle.load(said)
-        except (EOFError, pickle.UnpicklingError):  # nothing, or not yet to its end
-            said.seek(place)
-            return
-        if name == "pytest_runtest_logreport":
-            told = {"report": hook.pytest_report_from_serializable(config=session.config, **told)}
-        call = getattr(hook, name)
-        call.call_historic(kwargs=told) if call.is_historic() else call(**told)
 
 
 # ----------------------------------------------------------------------------------------------- commands

@@ -20,9 +20,9 @@ import evaluate
 import model as m
 import rl_demo
 import train
-from conftest import TEXTS
+from conftest import small_backbone
 from data import synthetic, write_comparisons
-from model import Comparison, Policy, RewardModel, encode, generate, pack, pairwise_loss, tiny_backbone
+from model import Comparison, Policy, RewardModel, encode, generate, pack, pairwise_loss
 from stock import stock_rewards
 from test_model import COMPARISONS, moving, picture
 
@@ -98,15 +98,14 @@ def chat_template(kind: str) -> str:
 def published(tmp_path_factory):
     """Folders like the published checkpoints, by kind: their configuration and their token ids, random narrow weights."""
     root, made = tmp_path_factory.mktemp("published"), {}
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = {word: i for i, word in enumerate([*letters, *(f"word {i}" for i in range(151643 - len(letters)))])}
+    letters = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
 
     def folder(kind):
         if kind in made:
             return made[kind]
-        bpe = Tokenizer(models.BPE(words, []))
+        added = ADDED + MORE.get(kind, [])  # behind 151,643 words, of which only the letters are there
+        bpe = Tokenizer(models.BPE(letters | {token: 151643 + i for i, token in enumerate(added)}, []))
         bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-        added = ADDED + MORE.get(kind, [])
         bpe.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in added])
         extra = dict(start_image_token="<img>", end_image_token="</img>", context_image_token="<IMG_CONTEXT>",
                      video_token="<video>") if kind == "internvl" else {}
@@ -317,7 +316,7 @@ def test_both_layouts_of_internvl_on_the_hub_load(backbones, tmp_path, names):
 @pytest.mark.parametrize("kind", NEW)
 def test_what_each_family_writes_has_the_probability_that_a_pack_gives_it(tmp_path, kind):
     """The deepstack of a Qwen3-VL goes in where the prompt is read, at padded places, and never again."""
-    policy = Policy.from_pretrained(tiny_backbone(tmp_path, TEXTS, kind=kind, width=64, vocabulary_head=True)).eval()
+    policy = Policy.from_pretrained(small_backbone(tmp_path, kind=kind, vocabulary_head=True)).eval()
     items = [encode(c, policy.processor).with_responses([]) for c in COMPARISONS.values()]
     rollouts, logprobs = generate(policy, items, max_new_tokens=4, group_size=2, seeds=list(range(len(items))))
     for item, ids, values in zip(items, rollouts, logprobs):
@@ -388,8 +387,8 @@ def test_a_policy_and_a_reward_model_of_two_families_are_refused(tmp_path):
     """What is written goes to the reward model as tokens and patches, and those are of one family."""
     rows = [Comparison("<image>What?", ["a"], images=[picture()], answer="a")] * 4
     data = str(write_comparisons(tmp_path / "rows", rows, bar=False))
-    RewardModel.from_backbone(tiny_backbone(tmp_path / "b", TEXTS, width=64)).save_pretrained(tmp_path / "rm")
-    policy = tiny_backbone(tmp_path / "policy", TEXTS, kind="qwen3_vl", width=64, vocabulary_head=True)
+    RewardModel.from_backbone(small_backbone(tmp_path / "b")).save_pretrained(tmp_path / "rm")
+    policy = small_backbone(tmp_path / "policy", kind="qwen3_vl", vocabulary_head=True)
     with pytest.raises(ValueError, match="other images or none"):
         rl_demo.main(rl_demo.Config(policy=str(policy), reward_model=[str(tmp_path / "rm")], data=data, out=str(tmp_path / "rl")).resolved())
 

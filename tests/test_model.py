@@ -551,8 +551,8 @@ def test_the_regularisers_of_algorithm_1_are_its_two_lines():
 
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory):
-    from conftest import TEXTS
-    folder = m.tiny_backbone(tmp_path_factory.mktemp("policy") / "p", TEXTS, width=64, vocabulary_head=True)
+    from conftest import small_backbone
+    folder = small_backbone(tmp_path_factory.mktemp("policy") / "p", vocabulary_head=True)
     return Policy.from_pretrained(folder).eval()
 
 

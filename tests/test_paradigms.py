@@ -12,7 +12,7 @@ import evaluate
 import model as m
 import rl_demo as rl
 import train
-from conftest import TEXTS
+from conftest import TEXTS, small_backbone
 from data import judge_prompts, read_comparisons, synthetic, write_comparisons
 from model import Comparison, RewardModel, encode, judge_pair, pack, verdict
 from stock import stock_inputs
@@ -26,7 +26,7 @@ ROW = Comparison("<image>What colour?", ["red", "blue blue", "green"], [(0, 1), 
 def writer(tmp_path_factory):
     """A tiny checkpoint with its vocabulary head, which knows the words of critics and judges."""
     words = [*TEXTS, f"{m.CRITIQUE_TURN} {m.THINK}{m.VERDICT} <think>1: colour right 2: colour wrong</think><answer>1</answer>"]
-    return m.tiny_backbone(tmp_path_factory.mktemp("writer") / "w", words * 20, width=64, vocabulary_head=True)
+    return small_backbone(tmp_path_factory.mktemp("writer") / "w", texts=words * 20, vocabulary_head=True)
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +193,7 @@ def config(writer, out, **more):
 @pytest.mark.parametrize("kind, flags", [("critic", {}), ("direct", {}), ("think", {"think": True})])
 def test_each_paradigm_trains_resumes_saves_and_is_evaluated(writer, tmp_path, kind, flags):
     if kind == "critic":  # of a family whose embedding and vocabulary head are one weight
-        writer = m.tiny_backbone(tmp_path / "tied", TEXTS, kind="internvl", width=64, vocabulary_head=True)
+        writer = small_backbone(tmp_path / "tied", kind="internvl", vocabulary_head=True)
     cfg = config(writer, tmp_path / "run", paradigm="critic" if kind == "critic" else "generative", **flags)
     assert train.main(cfg) == 0
     whole = RewardModel.from_pretrained(cfg.out)
@@ -235,7 +235,7 @@ def test_each_paradigm_trains_resumes_saves_and_is_evaluated(writer, tmp_path, k
 @pytest.mark.parametrize("kind", ["qwen2_vl", "qwen3_vl", "internvl", "qwen3"])
 def test_critics_and_judges_stand_on_every_family_with_lora_too(kind, tmp_path):
     words = [*TEXTS, m.CRITIQUE_TURN, m.VERDICT]
-    folder = m.tiny_backbone(tmp_path / "b", words, kind=kind, width=64, vocabulary_head=True)
+    folder = small_backbone(tmp_path / "b", texts=words, kind=kind, vocabulary_head=True)
     row = replace(ROW, prompt="What colour?", images=[]) if kind == "qwen3" else ROW
     for paradigm in m.PARADIGMS:
         torch.manual_seed(0)

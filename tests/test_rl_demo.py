@@ -14,13 +14,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, TEXTS, TWO_RANKS, real_curves
+from conftest import ROOT, TWO_RANKS, real_curves, small_backbone
 from safetensors.torch import load_file
 from transformers import HfArgumentParser
 
 import rl_demo as rl
 from data import synthetic, write_comparisons
-from model import Policy, RewardModel, encode, pack, tiny_backbone
+from model import Policy, RewardModel, encode, pack
 from train import start_processes
 from two_ranks_rl import stop_after_two_steps
 
@@ -28,7 +28,7 @@ from two_ranks_rl import stop_after_two_steps
 def teach_policy(folder):
     """A tiny policy that has seen a few answers: enough to end most of its own, so that rollouts differ in length and
     few are cut off."""
-    tiny_backbone(folder, TEXTS, seed=3, width=64, vocabulary_head=True)
+    small_backbone(folder, seed=3, vocabulary_head=True)
     policy = Policy.from_pretrained(folder)
     optimizer, rows = torch.optim.AdamW(policy.parameters(), lr=3e-3), synthetic(48, seed=6)
     for step in range(12):
@@ -181,6 +181,7 @@ def test_the_rule_forgives_form_and_nothing_else(with_math_verify, monkeypatch):
     if with_math_verify:
         pytest.importorskip("math_verify")
     monkeypatch.setattr(rl, "MATH_VERIFY", with_math_verify)
+    rl.answer_matches.cache_clear()
     for response, answer in SAME:
         assert rl.answer_matches(response, answer), (response, answer)
     for response, answer in DIFFERENT:
@@ -548,8 +549,8 @@ def test_numbers_that_make_no_sense_are_refused_before_anything_is_loaded():
 
 def test_bad_input_gets_one_line_that_says_what_to_do(whole_run, flags, reward_folder, backbones, tiny, tmp_path,
                                                       monkeypatch):
-    other = tiny_backbone(tmp_path / "other", ["entirely different words make other tokens"] * 50, seed=1, width=64,
-                          vocabulary_head=True)
+    other = small_backbone(tmp_path / "other", texts=["entirely different words make other tokens"] * 50, seed=1,
+                           vocabulary_head=True)
     RewardModel.from_backbone(backbones("qwen2")).save_pretrained(tmp_path / "blind")
     spoilt = copy.deepcopy(tiny)
     torch.nn.init.constant_(spoilt.head[-1].bias, torch.nan)
@@ -599,7 +600,7 @@ def test_score_is_a_reward_function_of_trl(policy_folder, tiny, tmp_path):
                      images=[c.images] * len(answers), trainer_state=None)
     assert rewards == pytest.approx(tiny.score(c.prompt, c.responses, c.images), abs=1e-5)
 
-    folder = tiny_backbone(tmp_path / "text", TEXTS, kind="qwen2", width=64, vocabulary_head=True)
+    folder = small_backbone(tmp_path / "text", kind="qwen2", vocabulary_head=True)
     questions = [[{"role": "user", "content": f"Name a colour, number {i}."}] for i in range(4)]
     options = trl.GRPOConfig(output_dir=str(tmp_path / "out"), per_device_train_batch_size=4, num_generations=2,
                              max_completion_length=4, max_steps=1, beta=0.0, report_to=[], use_cpu=True, bf16=False,

@@ -24,9 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel
 
 import train
-from conftest import ROOT, TEXTS, TWO_RANKS, command, real_curves
+from conftest import ROOT, TWO_RANKS, command, real_curves, small_backbone
 from data import BadRow, Comparison, Order, read_comparisons, synthetic, write_comparisons
-from model import RewardModel, Score, pack, tiny_backbone
+from model import RewardModel, Score, pack
 from train import Config, learning_rate, main, open_data, score_over_ranks, start_processes
 from two_ranks import gradient, gradient_in_paradigm, stop_after
 
@@ -116,7 +116,7 @@ def four_steps(backbone, data, out):
 
 def make_two_ranks(folder, backbones):
     kinds = {"critic": "internvl", "direct": "qwen2_5_vl", "think": "qwen3_vl"}  # the first's embedding and head are one weight
-    writers = {p: str(tiny_backbone(folder / p, TEXTS, kind=k, width=64, vocabulary_head=True)) for p, k in kinds.items()}
+    writers = {p: str(small_backbone(folder / p, kind=k, vocabulary_head=True)) for p, k in kinds.items()}
     told = {"backbone": str(backbones()), "writers": writers, "drawn": str(draw(folder / "drawn"))}
     return told | {"config": asdict(four_steps(backbones(), folder / "drawn", folder / "one"))}
 
@@ -561,12 +561,12 @@ def test_a_run_with_lora_trains_updates_and_head_alone_and_resumes_bit_for_bit(c
         assert main(part) == 128 + signal.SIGTERM
     names = set(checkpoint_of(part.out)["model"])
     assert names == {n for n in names if n.startswith("head.") or n.endswith((".lora_a", ".lora_b"))}
-    assert len(names) == 4 + 2 * 7 * 4 and not [n for n in names if "visual" in n]
+    assert len(names) == 4 + 2 * 7 * 2 and not [n for n in names if "visual" in n]
     assert main(replace(part, resume=True)) == 0
     whole, resumed, base = weights(low.out), weights(part.out), load_file(backbones() / "model.safetensors")
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
     learnt = {name for name in base if not torch.equal(whole[name], base[name])}
-    assert set(base) < set(whole) and len(learnt) == 7 * 4 and all("_proj.weight" in name for name in learnt)
+    assert set(base) < set(whole) and len(learnt) == 7 * 2 and all("_proj.weight" in name for name in learnt)
     for folder, steps in (("whole", [None]), ("parts", [1, None])):  # sharded: checkpoints in parts
         for stop in steps:
             with monkeypatch.context() as patch:

@@ -2,7 +2,7 @@
 
 Read: to the double line, 15 minutes; `grpo_step` is the algorithm.
 
-    python train.py && python rl_demo.py             a tiny policy, then four rewards: 100 s for each of the four
+    python train.py && python rl_demo.py             a tiny policy, then four rewards: a minute for each
     torchrun --nproc_per_node 8 rl_demo.py --policy Qwen/Qwen2.5-VL-3B-Instruct --reward_model DIR --data FOLDER \\
              --reward hybrid --gradient_checkpointing            the real thing: rows with a `prompt` and an `answer`
 

@@ -268,7 +268,7 @@ UNITS = set("mm cm m km g kg s min h % ° percent degrees dollars euros inches f
 SPELT = {"([⁰¹²³⁴-⁹⁻]+)": r"^\1", r"(?<=\d),(?=\d{3}(?!\d))": "",  # 10² is not 102, 1,000 is 1000
          r"(?<![\d.])\.(?=\d)": "0.", r"(\.\d*?)0+(?!\d)": r"\1"}  # .5 is 0.5; 2.50 is 2.5
 
-@lru_cache(maxsize=100_000)  # rollouts repeat each other, and math-verify takes a millisecond
+@lru_cache(maxsize=10_000)  # rollouts repeat each other, and math-verify takes a millisecond
 def answer_matches(response: str, answer: str) -> bool:
     """3  Whether a response is the answer: the same option, the same words, or (math-verify) an equal formula. Only the
     last <answer> or \\boxed{} is read, if there is one. Case, spaces, emphasis and punctuation do not count.

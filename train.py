@@ -297,7 +297,7 @@ def say(text: str, stream=None) -> None:
 def gather_objects(item) -> list:
     """Every rank's object, on every rank. Trap: torch copies a long message with OpenMP threads of gloo's own thread;
     libgomp then counts more threads than cores and puts all to sleep at every barrier. On two cores RL took twice as
-    long, so one that is alone sends none."""
+    long, so one that is alone sends none here."""
     if dist.get_world_size() == 1:
         return [item]
     everyone = [None] * dist.get_world_size()

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 import traceback
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
@@ -37,7 +37,8 @@ def pytest_configure():
     torch.set_num_threads(1)
 
 
-small_backbone = partial(tiny_backbone, texts=TEXTS, width=64, layers=2)  # half as deep: as much to test, less to wait for
+# Half as deep as the tiny backbone: there is as much to test, and less to wait for
+small_backbone = partial(tiny_backbone, texts=TEXTS, width=64, layers=2)
 train.tiny_backbone = partial(tiny_backbone, layers=2)  # --backbone tiny of the runs in this process
 
 
@@ -87,14 +88,13 @@ def tiny(backbones):
 
 COMMANDS = {}  # {name of a fixture: function(folder, backbones) that makes what its command needs and gives its words}
 BEGUN = {}  # {name: future of (folder, process), or the error of making what the command needs}
-FORK = multiprocessing.get_context("fork")
+QUIET = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # environment of commands
 
 
 def command(make):
     """Turns such a function into a fixture: the folder, and the process when it has ended.
 
-    A test takes one core, so all commands that the chosen tests ask for begin before the first test, two at a time.
-    What is made for them is made before, too: the random numbers of torch are shared by all threads."""
+    All commands that the chosen tests ask for begin before the first test, two at a time, and run beside the tests."""
     COMMANDS[make.__name__] = make
 
     @pytest.fixture(scope="session", name=make.__name__)
@@ -116,22 +116,27 @@ def pytest_collection_modifyitems(items):
 
 
 def run_script(folder, words):
-    """`python WORDS` as a fork, which has torch loaded already; what it says goes into files of the folder."""
-    process = FORK.Process(target=as_script, args=(folder, words))
+    """`python WORDS`, on Linux as a fork, which has torch loaded already; what it says goes into files of the folder.
+    """
+    if sys.platform != "linux":
+        return folder, subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, env=os.environ | QUIET,
+                                      capture_output=True, text=True, timeout=900)
+    process = multiprocessing.get_context("fork").Process(target=as_script, args=(folder, words))
     process.start()
     process.join(900)
-    if process.exitcode is None:
-        process.kill()
-        raise TimeoutError(f"{words[0]} takes more than 15 minutes")
     said = [(folder / name).read_text() for name in ("stdout", "stderr")]
+    if process.exitcode is None:
+        os.killpg(process.pid, signal.SIGKILL)  # and the processes that it began
+        raise TimeoutError(f"{words[0]} takes more than 15 minutes; it said: {said[1][-2000:]}")
     return folder, subprocess.CompletedProcess(words, process.exitcode, *said)
 
 
 def as_script(folder, words):
+    os.setsid()
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
-    os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    os.environ |= QUIET
     sys.argv = [str(word) for word in words]
     os.chdir(ROOT)
     runpy.run_path(sys.argv[0], run_name="__main__")
@@ -145,7 +150,8 @@ def begun(request, tmp_path_factory, backbones):
     if not BEGUN:
         yield BEGUN
         return
-    with ProcessPoolExecutor(2, FORK) as pool:
+    linux = sys.platform == "linux"
+    with ProcessPoolExecutor(2, multiprocessing.get_context("fork")) if linux else ThreadPoolExecutor(2) as pool:
         pool.submit(os.getpid).result()  # forks now, while there are no threads
         for name in BEGUN:
             folder = tmp_path_factory.mktemp(name)
@@ -174,13 +180,15 @@ def pytest_runtestloop(session):
 
     Each takes the next test module from a pipe until there is none: whole modules, whose fixtures are then made once.
     Commands are begun by the first process alone, which runs what waits for them. The fork writes its reports into a
-    file, and the first process reads them out as if they were its own; a test whose end was never reported, since the
-    fork died, is an error. Nothing is forked where a person looks inside, or chose a single module."""
+    file, and the first process reads them out as if they were its own (but not its warnings); a test whose end was
+    never reported, since the fork died, is an error. Nothing is forked where a person looks inside, or chose a single
+    module."""
     option, hook, modules, waiting = session.config.option, session.config.hook, {}, []
     for item in session.items:
         (waiting if waits(item) else modules.setdefault(item.path, [])).append(item)
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
-    looks_inside = option.capture == "no" or option.collectonly or option.usepdb or option.trace or option.setupshow
+    looks_inside = option.capture == "no" or any(
+        getattr(option, name, False) for name in ("collectonly", "usepdb", "trace", "setupshow"))
     if cores < 2 or len(modules) < 2 or session.testsfailed or looks_inside:
         return None  # pytest's own loop
     order = sorted(modules, key=lambda path: LONGEST.index(path.name) if path.name in LONGEST else len(LONGEST))
@@ -200,6 +208,8 @@ def pytest_runtestloop(session):
             *lines, rest = (rest + said.read()).split(b"\n")  # of the last line the end may be missing still
             for line in lines:
                 report = hook.pytest_report_from_serializable(config=session.config, data=json.loads(line))
+                if isinstance(report.longrepr, list):  # of a skipped test, before it was JSON
+                    report.longrepr = tuple(report.longrepr)
                 hook.pytest_runtest_logreport(report=report)
 
         try:
@@ -211,18 +221,21 @@ def pytest_runtestloop(session):
             os.kill(fork, signal.SIGKILL)
             raise
         read_out()
-    for item in session.items:
-        if item.nodeid not in ENDED:
-            why = f"the second process ended before this test did, with status {os.waitstatus_to_exitcode(ended[1])}"
-            hook.pytest_runtest_logreport(report=pytest.TestReport(item.nodeid, item.location, {}, "failed", why, "setup"))
+    check_stop(session)
+    status = os.waitstatus_to_exitcode(ended[1])
+    lost = [item for item in session.items if item.nodeid not in ENDED] or session.items[-1:] * bool(status)
+    for item in lost:
+        why = f"the second process ended with status {status}, and not after its last test"
+        report = pytest.TestReport(item.nodeid, item.location, {}, "failed", why, "setup")
+        hook.pytest_runtest_logreport(report=report)
     return True
 
 
 def with_waiting(taken, waiting):
-    """Those that wait for commands follow the first module by whose end the commands have ended."""
+    """Those that wait for commands follow the first module by whose last test the commands have ended."""
     for items in taken:
         yield from items
-        if all(isinstance(command, Exception) or command.done() for command in BEGUN.values()):
+        if BEGUN and all(isinstance(one, Exception) or one is not None and one.done() for one in BEGUN.values()):
             yield from waiting
             waiting = []
     yield from waiting
@@ -235,11 +248,15 @@ def run(session, items, after_each=lambda: None):
         following = next(items, None)
         session.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
         after_each()
-        if session.shouldfail:  # -x
-            raise session.Failed(session.shouldfail)
-        if session.shouldstop:
-            raise session.Interrupted(session.shouldstop)
+        check_stop(session)
         item = following
+
+
+def check_stop(session):
+    if session.shouldfail:  # -x
+        raise session.Failed(session.shouldfail)
+    if session.shouldstop:
+        raise session.Interrupted(session.shouldstop)
 
 
 def run_fork(session, items, file):

@@ -10,7 +10,7 @@ path works, and nothing about the world: the paper's figures stand beside ours s
 All paradigms of Table 1 start, as in the paper, from one model that can answer: here a tiny one fine-tuned on right
 answers as rl_demo.py makes its policy. They see the same comparisons, once.
 
-What the README leaves out of Table 1 (commit fbaeeb7, 6,000 comparisons, three seeds). Tokens for 1,000 comparisons,
+What the README leaves out of Table 1 (commit fbaeeb7, RL c1b9089; 6,000 comparisons, three seeds). Tokens for 1,000 comparisons,
 read + written: naive and the critic's first reading 45,518, own critiques + 16,347, given ones 123,931 in all; judges
 269,371 (each pair is asked in both orders), thinking 296,411 + 100,360. At the default 3,000 comparisons the cells take
 19 minutes (commit 434d2e9, alone, the starts not counted) and only naive learns: 86.1, critic 57.4 and 100.0, judges

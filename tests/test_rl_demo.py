@@ -181,13 +181,13 @@ def test_the_rule_forgives_form_and_nothing_else(with_math_verify, monkeypatch):
     if with_math_verify:
         pytest.importorskip("math_verify")
     monkeypatch.setattr(rl, "MATH_VERIFY", with_math_verify)
-    rl.answer_matches.cache_clear()
+    answer_matches = rl.answer_matches.__wrapped__  # its memory knows nothing of what was installed
     for response, answer in SAME:
-        assert rl.answer_matches(response, answer), (response, answer)
+        assert answer_matches(response, answer), (response, answer)
     for response, answer in DIFFERENT:
-        assert not rl.answer_matches(response, answer), (response, answer)
+        assert not answer_matches(response, answer), (response, answer)
     for response, answer in FORMULAS:
-        assert rl.answer_matches(response, answer) == with_math_verify, (response, answer)
+        assert answer_matches(response, answer) == with_math_verify, (response, answer)
 
 
 def test_a_formula_that_never_ends_is_only_wrong():

@@ -3,7 +3,7 @@ SCRIPT/settings.json, which takes the results. In-process, `gradient` is the sam
 
 The ranks are forks, told what torchrun tells its workers, and torch is loaded once; torchrun is in two_nodes.py."""
 import json
-import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import socket
@@ -172,10 +172,13 @@ if __name__ == "__main__":
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    fork = multiprocessing.get_context("fork")
-    ranks = [fork.Process(target=on_rank, args=(rank, port, Path(sys.argv[1]))) for rank in (0, 1)]
+    processes = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    ranks = [processes.Process(target=on_rank, args=(rank, port, Path(sys.argv[1]))) for rank in (0, 1)]
     for rank in ranks:
         rank.start()
-    for rank in ranks:
-        rank.join()
+    while running := [rank for rank in ranks if rank.is_alive()]:
+        multiprocessing.connection.wait([rank.sentinel for rank in running])
+        if any(rank.exitcode for rank in ranks):  # as torchrun does: the others would wait for it
+            for rank in ranks:
+                rank.kill()
     sys.exit(any(rank.exitcode for rank in ranks))

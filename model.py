@@ -1006,9 +1006,7 @@ def load(path_or_id, dtype=torch.float32, vocabulary_head: bool = False):
     try:
         config = AutoConfig.from_pretrained(path_or_id, trust_remote_code=False)
         check_layers(config)
-        kind = AutoModel
-        if vocabulary_head:
-            kind = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+        kind = class_that_writes(config) if vocabulary_head else AutoModel
         if torch.get_default_device().type == "meta":  # shapes alone: the numbers come from another rank
             model = kind.from_config(config, dtype=dtype, attn_implementation="branches")
             info = {"missing_keys": [], "unexpected_keys": []}
@@ -1028,6 +1026,10 @@ def load(path_or_id, dtype=torch.float32, vocabulary_head: bool = False):
         raise ValueError(f"{path_or_id} does not fit {named}: missing {missing[:5]}, surplus {surplus[:5]}")
     quicken_vision(model)
     return model.eval()
+
+def class_that_writes(config):
+    """transformers' class for such a backbone with its vocabulary head."""
+    return AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
 
 def check_layers(config) -> None:
     """ValueError if the branches of a pack could not be kept apart, or if nobody here knows how its pictures go in."""
@@ -1176,8 +1178,8 @@ def tiny_backbone(directory, texts, seed=0, kind="qwen2_5_vl", width=128, layers
         text["text_config"] |= {"model_type": "qwen2", "rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}
         images = GotOcr2ImageProcessorPil(size={"height": 112, "width": 112})
     torch.manual_seed(seed)
-    kinds = AutoModelForImageTextToText if sees else AutoModelForCausalLM
-    model = kinds.from_config(AutoConfig.for_model(kind, **text))
+    config = AutoConfig.for_model(kind, **text)
+    model = class_that_writes(config).from_config(config)
     with replacing(directory) as partial:
         (model if vocabulary_head else model.model).save_pretrained(partial)
         save_processor(Processor(tokenizer, images if sees else None), partial)

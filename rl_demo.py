@@ -55,13 +55,12 @@ import torch.distributed as dist
 from markupsafe import Markup
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.hf_argparser import HfArg
 
 from data import BadRow, Order, read_comparisons, synthetic, use_row
 from evaluate import markdown, page, receipt, thumbnails
-from model import (Policy, RewardModel, encode, fill_packs, generate, pack, quicken_vision, recompute_activations,
-                   replacing)
+from model import (Policy, RewardModel, class_that_writes, encode, fill_packs, generate, pack, quicken_vision,
+                   recompute_activations, replacing)
 from train import (check_numbers, claim_folder, command_line, complain, curve, draw_curves, from_first, gather,
                    gather_objects, open_log, read_log, read_state, say, spread, start_processes, stop_signals,
                    write_text)
@@ -414,9 +413,8 @@ def make_policy(cfg: Config, folder: Path, reward_model: RewardModel, rows=None)
     if sum(p.numel() for p in backbone.parameters()) > 20e6:
         raise ValueError(f"the reward model {cfg.reward_model[0]} is not a tiny one; name a --policy of its family")
     torch.manual_seed(cfg.seed)
-    kind = AutoModelForImageTextToText if hasattr(backbone.config, "vision_config") else AutoModelForCausalLM
     config = type(backbone.config).from_dict(backbone.config.to_dict())
-    lm = kind.from_config(config, attn_implementation="branches", trust_remote_code=False)
+    lm = class_that_writes(config).from_config(config, attn_implementation="branches", trust_remote_code=False)
     lm.model.load_state_dict(backbone.state_dict())
     quicken_vision(lm)
     policy = Policy(lm.float(), replace(reward_model.processor, paradigm="naive")).to(reward_model.device).train()

@@ -43,7 +43,8 @@ train.tiny_backbone = partial(tiny_backbone, layers=2)  # --backbone tiny of the
 
 
 def draw_nothing(file, title, panels):
-    """In the place of train.draw_curves: matplotlib draws for longer than a short run takes. It could be drawn."""
+    """In the place of train.draw_curves, since matplotlib draws for longer than a short run takes: only checks that
+    there are numbers to draw."""
     for _, curves, dashed, _ in panels:
         assert all(len([*map(float, point)]) == 2 for points in curves.values() for point in points)
         assert all(isinstance(float(y), float) for y in dashed.values())

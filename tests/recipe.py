@@ -1,6 +1,6 @@
 """The paper's tables in miniature, on the drawn world and with the scripts' own flags: who wins, and at what cost.
 
-    python tests/recipe.py --table 1 --seeds 0 1 2            on two cores 19 minutes and the three starts; goes on if stopped
+    python tests/recipe.py --table 1 --seeds 0 1 2            two cores: 19 minutes and three starts; goes on if stopped
     python tests/recipe.py --table 2                          the head; further: algorithm1, 4, 6, 7
 
 Every cell is a run of train.py (rl_demo.py, data.py) and of evaluate.py on the same drawn comparisons, new to the model.
@@ -10,8 +10,8 @@ path works, and nothing about the world: the paper's figures stand beside ours s
 All paradigms of Table 1 start, as in the paper, from one model that can answer: here a tiny one fine-tuned on right
 answers as rl_demo.py makes its policy. They see the same comparisons, once.
 
-What the README leaves out of Table 1 (commit fbaeeb7, RL c1b9089; 6,000 comparisons, three seeds). Tokens for 1,000 comparisons,
-read + written: naive and the critic's first reading 45,518, own critiques + 16,347, given ones 123,931 in all; judges
+What the README leaves out of Table 1 (commit fbaeeb7, RL c1b9089; 6,000 comparisons, three seeds). Tokens for 1,000
+comparisons, read + written: naive and the critic's first reading 45,518, own critiques + 16,347, given ones 123,931 in all; judges
 269,371 (each pair is asked in both orders), thinking 296,411 + 100,360. At the default 3,000 comparisons the cells take
 19 minutes (commit 434d2e9, alone, the starts not counted) and only naive learns: 86.1, critic 57.4 and 100.0, judges
 50.5, 67.1, 50.5, 50.8. Why thinking and RL do not pay here, as far as we can tell: comparing two answers inside a

@@ -344,6 +344,13 @@ def test_a_run_leaves_a_reward_model_its_log_and_a_summary(cfg, monkeypatch, cap
     assert summary_of(out)["pairs_seen"] == 0 and RewardModel.from_pretrained(out)
 
 
+def test_a_process_that_is_alone_sends_itself_no_message():
+    """The thread that copies one would leave less of two cores to all that follows: see gather_objects."""
+    start_processes()
+    item = object()
+    assert train.gather_objects(item)[0] is item and train.gather([1, 2]).tolist() == [[1, 2]]
+
+
 def test_sharding_over_a_single_process_changes_nothing(cfg, tmp_path):
     alone = replace(cfg, max_steps=2, eval_data=[], eval_size=0)
     assert main(alone) == 0

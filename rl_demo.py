@@ -29,7 +29,7 @@ beta kl_coef:
 At the first pass rho = 1: the first term's gradient is A_i times that of l_t (REINFORCE); k3 pulls pi back to ref.
 
 Writes into OUT: policy/ (the tiny start), start.json; for each reward REWARD/metrics.jsonl, result.json, policy/ (and
-checkpoint.pt while unfinished); table.md, summary.json, curves.svg (by matplotlib), index.html.
+checkpoint-STEP/ while unfinished); table.md, summary.json, curves.svg (by matplotlib), index.html.
 Differs from the paper, which gives no rate, clipping, KL weight or length (we: 1e-6, 0.2, 0.04, 512). --no_std is Dr.
 GRPO's (2503.20783); the loss per token, --clip_eps_high, --drop_equal and --mask_truncated are DAPO's (2503.14476),
 --clamp_ratio and --drop_outliers are StableReinforce's (2505.02835). No LoRA, sharded weights or tools.
@@ -53,17 +53,16 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 from markupsafe import Markup
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from tqdm import tqdm
 from transformers.hf_argparser import HfArg
 
 from data import BadRow, Order, read_comparisons, synthetic, use_row
 from evaluate import markdown, page, receipt, thumbnails
 from model import (Policy, RewardModel, class_that_writes, encode, fill_packs, generate, pack, quicken_vision,
-                   recompute_activations, replacing)
-from train import (check_numbers, claim_folder, command_line, complain, curve, draw_curves, from_first, gather,
-                   gather_objects, open_log, read_log, read_state, say, spread, start_processes, stop_signals,
-                   write_text)
+                   recompute_activations, remove)
+from train import (check_numbers, checkpoints, claim_folder, command_line, complain, curve, draw_curves, from_first,
+                   gather, gather_objects, load_checkpoint, open_log, read_log, read_state, save_checkpoint, say,
+                   spread, start_processes, stop_signals, write_text)
 
 # 3  Rewards R (G,) of a group, the G rollouts of one prompt; what else it has, `roll_out` says
 def rule(group):
@@ -144,7 +143,8 @@ def grpo_step(kind: str, step: int, prompts: list, policy: Policy, optimizer, ru
         norms.append(float(torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.clip)))
         if math.isfinite(norms[-1]):  # the same on all ranks
             optimizer.step()                                                # 7  Update
-        optimizer.zero_grad()
+            tell_others(policy)
+        policy.zero_grad()
     return metrics(groups, batches, tokens, norms, cfg)
 
 # ======================================================================================================================
@@ -353,22 +353,19 @@ FREE = ("out", "overwrite", "resume", "reward", "rollout_rows", "gradient_checkp
 def grpo(kind: str, start, run) -> int:
     """GRPO under one reward from the policy `start`, into OUT/REWARD: 0, or the exit status of a run to be resumed, a
     shell's 128 + signal or 1. A signal waits for the end of a step; outside the loop it ends the process at once.
-    AdamW's moments are shared out over the ranks (ZeRO-1): for the 3B that is 4 GB a GPU in place of 30."""
+    AdamW's moments are shared out (ZeRO-1): each rank updates every w-th parameter and tells the others, which for the
+    3B makes 4 GB a GPU in place of 30."""
     cfg, folder, began = run.cfg, Path(run.cfg.out) / kind, time.time()
-    file, step, bad_in_a_row, status = folder / "checkpoint.pt", 0, 0, 0
+    step, bad_in_a_row, status, settings = 0, 0, 0, asdict(run.cfg)
     policy = Policy.from_pretrained(start, cfg.max_pixels).to(run.device)  # fp32
     if cfg.gradient_checkpointing:
         recompute_activations(policy.lm.model)
-    # Trap: not fused. ZeRO loads AdamW's step counts onto the CPU, which the fused kernel refuses (pytorch 124133)
-    optimizer = ZeroRedundancyOptimizer(policy.parameters(), torch.optim.AdamW, lr=cfg.lr, weight_decay=0.0)
-    if from_first(file.exists()):  # Trap: mapped on a GPU alone; a CPU's optimiser would go on using the mapped file
-        state = read_state(file, cfg, FREE, mmap=run.device.type == "cuda")
-        policy.load_state_dict(state["policy"])
-        optimizer.load_state_dict(state["optimizer"])
-        optimizer.state.clear()  # ZeRO's wrapper keeps a copy of the moments that nobody reads: 4 GB for the 3B
-        step, began = state["step"], began - state["seconds"]
-        del state
-    say(f"{kind}: {run.steps} steps" + (f", going on from step {step}" if step else ""))
+    own = [*policy.named_parameters()][dist.get_rank()::dist.get_world_size()]
+    optimizer = torch.optim.AdamW(own, lr=cfg.lr, weight_decay=0.0, fused=True)
+    if done := load_checkpoint(folder, optimizer, settings, FREE, run.in_parts):
+        tell_others(policy)
+        step, began = done["step"], began - done["seconds"]
+    say(f"{kind}: {run.steps} steps")
     with stop_signals() as told, open_log(folder, step, run.steps) as write_row:
         while step < run.steps and not status:
             started = time.time()
@@ -381,13 +378,8 @@ def grpo(kind: str, start, run) -> int:
                 number = int(gather([told.number]).max())
                 status = 128 + number if number else int(bad_in_a_row >= 10)
             if status or step == run.steps or cfg.save_every and step % cfg.save_every == 0:
-                optimizer.consolidate_state_dict(to=0)
-                if dist.get_rank() == 0:
-                    state = {"config": asdict(cfg), "step": step, "seconds": time.time() - began,
-                             "policy": policy.state_dict(), "optimizer": optimizer.state_dict()}
-                    with replacing(file) as partial:
-                        torch.save(state, partial)
-                from_first("written")  # no rank ends before: torchrun would then end the writer
+                state = {"config": settings, "step": step, "seconds": time.time() - began}
+                save_checkpoint(folder, optimizer, state, run.in_parts)
     if told.number and not status:
         signal.raise_signal(told.number)  # it came in the last step, of which all is saved: now it ends the process
     if status:
@@ -401,9 +393,15 @@ def grpo(kind: str, start, run) -> int:
         if judge.exists() and json.loads(judge.read_bytes()).get("paradigm") in ("direct", "think"):
             shutil.copy(judge, folder / "policy")  # it was a judge, and still is
         write_text(folder / "result.json", json.dumps(exam) + "\n")
-        file.unlink()
+        for old in checkpoints(folder):
+            remove(old)
     say(f"{kind}: true accuracy {percent(figures(exam))} percent after {step} steps, {exam['seconds']:.0f} s")
     return 0
+
+def tell_others(policy: Policy) -> None:
+    """Every parameter's new value, from the rank that updated it: see grpo."""
+    for i, p in enumerate(policy.parameters()):
+        dist.broadcast(p.data, src=i % dist.get_world_size())
 
 def make_policy(cfg: Config, folder: Path, reward_model: RewardModel, rows=None) -> None:
     """The start of the laptop run: the tiny reward model's backbone with a fresh vocabulary head. For three quarters of
@@ -526,10 +524,12 @@ def main(cfg: Config) -> int:
     # A  Processes, prompts, folder
     device, out, began = start_processes(), Path(cfg.out), time.time()
     rows, held = open_prompts(cfg)
-    claim_folder(out, cfg.overwrite, cfg.resume, "start.json")
+    in_parts = claim_folder(out, cfg.overwrite, cfg.resume, "start.json")
+    if dist.get_world_size() > 1 and not in_parts:
+        raise ValueError("each rank saves the moments it keeps: --out must lie on a disk that all share")
     begun = from_first((out / "start.json").exists())
     if begun:
-        read_state(out / "start.json", cfg, FREE)
+        read_state(out / "start.json", asdict(cfg), FREE)
     say(json.dumps(asdict(cfg)))
     # B  Reward models, in bf16 on a GPU; the start, which as reference never moves
     start, paths, dtype = cfg.policy, cfg.reward_model, torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -558,7 +558,7 @@ def main(cfg: Config) -> int:
     order = Order([[1] * len(rows)], [1.0], cfg.batch_size, cfg.seed)
     steps, exam = min(cfg.max_steps or math.inf, order.steps(cfg.epochs)), read_prompts(held, range(len(held)), ours)
     run = SimpleNamespace(cfg=cfg, device=device, rows=rows, order=order, steps=steps, exam=exam, reference=reference,
-                          reward_models=reward_models, judges=judges)
+                          reward_models=reward_models, judges=judges, in_parts=in_parts)
     if not begun:
         found = examine(reference, run) | {"config": asdict(cfg), "step": 0, "seconds": round(time.time() - began, 1)}
         say(f"start: true accuracy {percent(figures(found))} percent on {len(found['records'])} held-out prompts")

@@ -10,7 +10,7 @@ Read: `main` and on to the double line, 12 minutes, after Comparison, pack, pair
     torchrun train.py --resume                                  goes on where a stopped run left off
 
 Into --out go the reward model (RewardModel.from_pretrained loads it), metrics.jsonl, a line a step, its picture
-curve.svg (by matplotlib), summary.json with the held-out accuracy, of an unfinished run checkpoint.pt (or -STEP/).
+curve.svg (by matplotlib), summary.json with the held-out accuracy, of an unfinished run checkpoint-STEP/.
 
 Several processes. torchrun starts this script once for each GPU and tells each its *rank*: 0, 1 ... *world_size* - 1.
 Every rank holds the model and takes its share of a step's rows; before the optimiser moves, the ranks exchange their
@@ -45,8 +45,9 @@ from typing import Literal
 import filelock
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint.state_dict as dcp
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from transformers import HfArgumentParser
@@ -59,7 +60,7 @@ from model import (CRITIQUE_TURN, Comparison, Pack, RewardModel, Score, answers_
 def main(cfg: "Config") -> int:
     # 1  Processes and seed
     begun, out, device = time.time(), Path(cfg.out), start_processes()
-    claim_folder(out, cfg.overwrite, cfg.resume)
+    in_parts = claim_folder(out, cfg.overwrite, cfg.resume)
     torch.manual_seed(cfg.seed)
 
     # 2  Data: the sets to train on, how much of each, and what is held out
@@ -74,12 +75,13 @@ def main(cfg: "Config") -> int:
     model = distribute(raw_model, device, cfg.shard, torch.bfloat16 if device.type == "cuda" else None)
 
     # 4  Optimiser and resume
-    trained = [p for p in raw_model.parameters() if p.requires_grad]
+    trained = [(name, p) for name, p in raw_model.named_parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, cfg.lr, betas=(0.9, 0.99), weight_decay=cfg.weight_decay, fused=True)
-    state = {"step": 0, "seconds": 0.0, "config": asdict(cfg), "rows": [len(rows) for rows in sets]}
-    state |= load_checkpoint(out, raw_model, optimizer, cfg, state["rows"])
+    rows = [len(rows) for rows in sets]
+    state = {"step": 0, "seconds": 0.0, "config": asdict(cfg) | {"rows of each set": rows}}
+    state |= load_checkpoint(out, optimizer, state["config"], FREE, in_parts) if cfg.resume else {}
     begun -= state["seconds"]
-    say(f"{json.dumps(asdict(cfg))}\n{sum(state['rows']):,} comparisons, {len(held)} held out, {steps} steps; "
+    say(f"{json.dumps(asdict(cfg))}\n{sum(rows):,} comparisons, {len(held)} held out, {steps} steps; "
         f"log 2 = {LOG2:.3f} is the loss of knowing nothing")
 
     # 5  The loop: learning rate -> micro-steps -> clip -> step -> log -> evaluate -> checkpoint
@@ -115,10 +117,10 @@ def main(cfg: "Config") -> int:
                 break
             state["seconds"] = time.time() - begun
             if step == steps or cfg.save_every and step % cfg.save_every == 0:
-                save_checkpoint(out, raw_model, optimizer, state)
+                save_checkpoint(out, optimizer, state, in_parts)
             started = time.time()
         if status and state["step"]:
-            save_checkpoint(out, raw_model, optimizer, state)
+            save_checkpoint(out, optimizer, state, in_parts)
             say(f"train.py: {state['step']} steps are saved in {out}; --resume goes on from there", sys.stderr)
     if told.number and not status:
         signal.raise_signal(told.number)  # it came in the last step, of which all is saved: now it ends the process
@@ -181,7 +183,7 @@ def take_step(model, optimizer, packs: list[Pack], filler: Pack, micro_steps: in
             losses = torch.nn.functional.softplus(-margin)
             sums += torch.stack([losses.sum(), (margin > 0).sum(), margin.sum(), cross_entropy.detach()])
     norm = torch.nn.utils.clip_grad_norm_(trained, cfg.clip)
-    norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # sharded: each rank has a part of it
+    norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)  # sharded: each rank has a part of it
     if math.isfinite(norm):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -264,10 +266,8 @@ TINY = {"tiny": "qwen2_5_vl", "tiny-qwen2-vl": "qwen2_vl", "tiny-qwen3-vl": "qwe
 FREE = ("out", "overwrite", "resume", "eval_data", "eval_every", "save_every", "gradient_checkpointing", "shard",
         "on_bad_row")  # what a resumed run may change
 LOG2 = math.log(2)  # the loss of a model that knows nothing
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a first rank that saves or loads for all
 LOCK = ".run.lock"  # in a run folder while a run is under way, and after one that was killed
-FULL = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered from all ranks, on the first
-TRAINED = replace(FULL, ignore_frozen_params=True)
-FROM_FIRST = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
 
 # Processes -----------------------------------------------------------------------------------------------------------
 def start_processes() -> torch.device:
@@ -332,8 +332,10 @@ def distribute(model: RewardModel, device: torch.device, shard: str, product_dty
     mesh = dist.init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
     exact = MixedPrecisionPolicy(cast_forward_inputs=False)
     products = MixedPrecisionPolicy(product_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    first = dist.get_rank() == 0
-    weights, buffers = (model.state_dict(), list(model.buffers())) if first else ({}, [])
+    def tensors():  # weights and buffers: those of RoPE are in no state dict
+        return dict(model.named_parameters()) | dict(model.named_buffers())
+
+    weights = tensors() if dist.get_rank() == 0 else {}
     # Trap: `to` gives an embedding and a vocabulary head that share a weight one each
     tied = model.lm_head is not None and model.lm_head.weight is model.backbone.get_input_embeddings().weight
     model.to("meta")
@@ -351,10 +353,25 @@ def distribute(model: RewardModel, device: torch.device, shard: str, product_dty
             fully_shard(linear, mesh=mesh, mp_policy=products)
         fully_shard(layer, mesh=mesh, mp_policy=exact if layer._parameters else products)
     fully_shard(model, mesh=mesh, mp_policy=exact).to_empty(device=device)
-    dcp.set_model_state_dict(model, weights, options=FROM_FIRST)
-    for b, buffer in enumerate(model.buffers()):  # those of RoPE, which no state dict holds
-        dist.broadcast(buffer.copy_(buffers[b]) if first else buffer, src=0)
+    fill(tensors(), weights)
     return model
+
+@torch.no_grad()
+def fill(tensors: dict, whole: dict) -> None:
+    """Puts the first rank's `whole` tensors, by name, into every rank's, or into its parts of them, one at a time."""
+    for name, tensor in tensors.items():
+        one = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        if whole:
+            one.copy_(whole[name])
+        if isinstance(tensor, DTensor):
+            tensor.copy_(distribute_tensor(one, tensor.device_mesh, tensor.placements))
+        else:
+            dist.broadcast(tensor.copy_(one), src=0)
+
+def gathered(tensors: dict) -> dict:
+    """The whole of every tensor, on the first rank's host; on the others nothing."""
+    whole = ((name, t.full_tensor() if isinstance(t, DTensor) else t) for name, t in tensors.items())
+    return {name: tensor.detach().cpu() for name, tensor in whole if dist.get_rank() == 0}
 
 @contextlib.contextmanager
 def stop_signals():
@@ -526,10 +543,10 @@ def texts_of(rows, kind: str):
             yield f"{seen.prompt} {seen.responses[0]} {CRITIQUE_TURN}"
 
 # The run folder ------------------------------------------------------------------------------------------------------
-def claim_folder(out: Path, overwrite: bool, resume: bool, made_by: str = "metrics.jsonl") -> None:
+def claim_folder(out: Path, overwrite: bool, resume: bool, made_by: str = "metrics.jsonl") -> bool:
     """Makes a run's folder ready, and locks it while this process lives: no run is overwritten by accident, nothing is
     deleted that a run did not make, and no two runs write into one folder. The first rank acts, the others wait.
-    made_by: a file that only a run of this script leaves."""
+    made_by: a file that only a run of this script leaves. Returns whether several ranks can write into it together."""
     if dist.get_rank() == 0:
         if overwrite and resume:
             raise ValueError("--overwrite and --resume contradict each other")
@@ -550,102 +567,86 @@ def claim_folder(out: Path, overwrite: bool, resume: bool, made_by: str = "metri
             if file.name != LOCK:  # it stays: a deletion that was killed can be taken up again
                 remove(file)
     from_first(None)
-    if not all(gather_objects((out / LOCK).exists())):
+    shared = all(gather_objects((out / LOCK).exists()))
+    if not shared:
         say(f"{out} is not on a disk that all ranks share: what is written lies with the first rank")
+    return shared and dist.get_world_size() > 1
 
 def write_text(file, text: str) -> None:
     with replacing(file) as part:
         part.write_bytes(text.encode("utf-8", "replace"))
 
-def save_checkpoint(out: Path, model, optimizer, state: dict) -> None:
-    """Writes what is trained, and nothing else; a kill at any moment leaves the checkpoint before or this one.
-    ValueError if a weight is not finite: what lies on the disk can be gone on from.
+def checkpoints(out: Path) -> list[Path]:
+    """The oldest first."""
+    return sorted(out.glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
 
-    A sharded run writes out/checkpoint-STEP, each rank its own part of every tensor, and keeps the last two; another
-    number of ranks can read it. In it are safetensors and JSON: torch's own format would be unpickled without a check.
-    Else all ranks gather and the first writes out/checkpoint.pt, also where ranks do not see each other's disks."""
-    parts = {name: p.to_local() if hasattr(p, "to_local") else p for name, p in tensors_of(model, optimizer).items()}
-    if not gather([all(bool(p.isfinite().all()) for p in parts.values())]).all():
+def save_checkpoint(out: Path, optimizer, state: dict, in_parts: bool) -> None:
+    """Writes what is trained and nothing else, as safetensors and JSON, into out/checkpoint-STEP, and keeps the last
+    two; a kill at any moment leaves those before, or this one too. in_parts: each rank writes its own, and any number
+    of ranks can read it; else the first gathers and writes all, also where the others do not see its disk.
+    ValueError if a weight is not finite: what lies on the disk can be gone on from."""
+    first, tensors = dist.get_rank() == 0, tensors_of(optimizer)
+    parts = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors.values()]
+    if not gather([all(bool(part.isfinite().all()) for part in parts)]).all():
         raise ValueError(f"weights are not finite after step {state['step']} and not saved; start anew, lower --lr")
-    first, folder = dist.get_rank() == 0, out / f"checkpoint-{state['step']}"
-    if isinstance(model, FSDPModule) and all(gather_objects((out / LOCK).exists())):
-        with replacing(folder) if first else contextlib.nullcontext() as part:
-            part = from_first(part)
-            try:
-                writer = dist.checkpoint.HuggingFaceStorageWriter(part, save_distributed=True)
-                dist.checkpoint.save(tensors_of(model, optimizer), storage_writer=writer)
-            except dist.checkpoint.CheckpointException as error:
-                raise OSError(str(error)[-80:])  # `replacing` says where
-            if first:
-                (part / "state.json").write_text(json.dumps(state))
+    tensors = tensors if in_parts else gathered(tensors)
+    with replacing(out / f"checkpoint-{state['step']}") if first else contextlib.nullcontext() as folder:
+        folder = from_first(folder)
+        try:
+            if in_parts or first:
+                writer = HuggingFaceStorageWriter(folder, save_distributed=True)
+                dist.checkpoint.save(tensors, storage_writer=writer, no_dist=not in_parts)
+        except CheckpointException as error:
+            raise OSError(str(error)[-80:])  # `replacing` says where
         if first:
-            kept = sorted(out.glob("checkpoint-*"), key=lambda old: int(old.name[11:]))
-            for old in [*kept[:-2], *out.glob(".checkpoint-*.partial")]:  # of a write that was killed
-                remove(old)
-        return
-    known = {name for name, p in model.named_parameters() if p.requires_grad}  # a weight that is shared has one name
-    weights = dcp.get_model_state_dict(model, options=TRAINED)
-    state = state | {"model": {name: w for name, w in weights.items() if name in known},
-                     "optimizer": dcp.get_optimizer_state_dict(model, optimizer, options=FULL)}
-    if first:
-        with replacing(out / "checkpoint.pt") as part:
-            torch.save(state, part)
+            (folder / "state.json").write_text(json.dumps(state))
+    for old in [*checkpoints(out)[:-2], *out.glob(".checkpoint-*.partial")] if first else ():  # of a killed write
+        remove(old)
 
-def tensors_of(model, optimizer) -> dict[str, torch.Tensor]:
+def tensors_of(optimizer) -> dict[str, torch.Tensor]:
     """This rank's parts of all that is trained, by name: weights, and what AdamW keeps of each, made if not there yet.
-    Not copies: what is read into them is used."""
-    names, out = [name for name, p in model.named_parameters() if p.requires_grad], {}
-    for name, p in zip(names, optimizer.param_groups[0]["params"]):  # FSDP swaps model.parameters()
+    Not copies: what is read into them is used. (Not the model's parameters: FSDP swaps those.)"""
+    (group,), out = optimizer.param_groups, {}
+    for name, p in zip(group["param_names"], group["params"]):
         empty = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
         optimizer.state[p] = optimizer.state.get(p) or {"step": torch.zeros((), device=p.device)} | empty
         out |= {name: p.detach()} | {f"{name} {key}": value for key, value in optimizer.state[p].items()}
     return out
 
-def load_checkpoint(out: Path, model, optimizer, cfg: Config, rows: list[int]) -> dict:
-    """With --resume: puts weights and optimiser back and returns step and seconds. The first rank reads checkpoint.pt
-    and tells the others, which need not see its disk; of a folder each reads its own parts. ValueError if there is
-    nothing to go on with, or something else."""
-    saved, done = {}, {}
-    if cfg.resume and dist.get_rank() == 0:
-        if (out / "summary.json").exists():
-            raise ValueError(f"{out} holds a finished run: nothing to resume. Choose another --out, or --overwrite")
-        files = [*out.glob("checkpoint.pt"), *out.glob("checkpoint-*/state.json")]
-        for file in sorted(files, key=lambda file: file.stat().st_mtime)[-1:]:
-            saved = read_state(file, cfg, FREE)
-            if (old := saved.get("rows")) != rows:
-                raise ValueError(f"{file} was trained on {old} rows, now there are {rows}; give the same --data")
-            done = {"step": saved["step"], "seconds": saved.get("seconds"), "file": file}
-    done = from_first(done)
-    if not done:
+def load_checkpoint(out: Path, optimizer, settings: dict, free, in_parts: bool) -> dict:
+    """Puts the last checkpoint back, and returns its step and seconds; {} if there is none. The first rank looks and
+    tells the others, which need not see its disk. ValueError if it cannot be read, or is another run's."""
+    first, found = dist.get_rank() == 0, from_first([*checkpoints(out), *out.glob("summary.json")][-1:])
+    if not found:
         return {}
-    file = done.pop("file")
+    if found[0].name == "summary.json":
+        raise ValueError(f"{out} holds a finished run: nothing to resume. Choose another --out, or --overwrite")
+    saved = from_first(read_state(found[0] / "state.json", settings, free) if first else None)
+    tensors, reader = tensors_of(optimizer), HuggingFaceStorageReader(found[0])
     try:
-        if file.suffix == ".json":
-            reader = dist.checkpoint.HuggingFaceStorageReader(file.parent)
-            dist.checkpoint.load(tensors_of(model, optimizer), storage_reader=reader)
+        if in_parts:
+            dist.checkpoint.load(tensors, storage_reader=reader)
         else:
-            names = {name for name, p in model.named_parameters() if p.requires_grad}
-            if saved and (other := names ^ set(saved["model"])):
-                raise ValueError(f"missing or surplus {min(other)}; start anew with --overwrite")
-            dcp.set_model_state_dict(model, saved.get("model", {}), options=FROM_FIRST)
-            dcp.set_optimizer_state_dict(model, optimizer, saved.get("optimizer", {}), options=FROM_FIRST)
-    except (Exception, dist.checkpoint.CheckpointException) as error:
-        raise ValueError(f"{file} does not fit this model: {' '.join(str(error).split())[-150:]}") from None
-    say(f"going on from step {done['step']}")
-    return done
+            whole = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in tensors.items() if first}
+            if first:
+                dist.checkpoint.load(whole, storage_reader=reader, no_dist=True)
+            fill(tensors, whole)
+    except (Exception, CheckpointException) as error:
+        raise ValueError(f"{found[0]} does not fit this model: {' '.join(str(error).split())[-150:]}") from None
+    say(f"going on from step {saved['step']}")
+    return {name: saved[name] for name in ("step", "seconds")}
 
-def read_state(file: Path, cfg, free=(), mmap=False) -> dict:
-    """What torch.save wrote of a run, or a JSON file's. ValueError if it cannot be read, or if a setting has changed
-    since that is not `free`: those do not shape a run."""
+def read_state(file: Path, settings: dict, free=()) -> dict:
+    """What a run says of itself in a JSON file. ValueError if it cannot be read, or if a setting has changed since that
+    is not `free`: those do not shape a run."""
     try:
-        of_json = file.suffix == ".json"
-        saved = json.loads(file.read_text()) if of_json else torch.load(file, "cpu", weights_only=True, mmap=mmap)
-        saved |= {"step": int(saved["step"]), "config": dict(saved["config"])}
-    except Exception as error:  # torch raises what it likes on a damaged file
+        saved = json.loads(file.read_bytes())
+        saved |= {"step": int(saved["step"]), "seconds": float(saved["seconds"]), "config": dict(saved["config"])}
+    except Exception as error:  # damaged, or foreign
         raise ValueError(f"{file} cannot be read ({str(error)[:100]}); start anew with --overwrite") from None
-    old, now = saved["config"], asdict(cfg)
-    changed = [f"{name} was {old[name]!r}, is {now[name]!r}" for name in old
-               if name in now and name not in free and now[name] != old[name]]
+    old = saved["config"]
+    changed = [f"{name} was {old[name]!r}, is {settings[name]!r}" for name in old
+               if name in settings and name not in free and settings[name] != old[name]]
     if changed:
         raise ValueError(f"{file} is another run's: {'; '.join(changed)[:200]}. Give the same flags, or another --out")
     return saved
@@ -745,16 +746,16 @@ def report(out: Path, model: RewardModel, held: list[Comparison], begun: float, 
         "bad_gradients": sum(not math.isfinite(row["grad_norm"]) for row in log),
         "parameters": sum(p.numel() for p in model.parameters()), "world_size": dist.get_world_size(),
         "seconds": round(time.time() - begun, 1)}
-    weights = merged(dcp.get_model_state_dict(model, options=FULL))
+    weights = gathered(model.state_dict())
     if dist.get_rank() == 0:
-        model.save_pretrained(out, weights)
+        model.save_pretrained(out, merged(weights))
         loss = {"training loss": curve(log, "loss")} | ({"of texts": curve(log, "text_loss")} if texts else {})
         right = {"training pairs": curve(log, "accuracy"), "held out": curve(log, "eval_accuracy")}
         write_text(out / "summary.json", json.dumps(summary | {"config": asdict(cfg)}, indent=1) + "\n")
         draw_curves(out / "curve.svg", str(out), [
             ("loss", loss, {"log 2": LOG2}, None), ("accuracy", right, {"chance": 0.5}, 1),
             ("margin", {"mean margin": curve(log, "margin")}, {}, None)])
-        for old in out.glob("checkpoint[.-]*"):
+        for old in checkpoints(out):
             remove(old)
     say("\n".join(f"  {name:<26}{value}" for name, value in summary.items()))
     if shuffled:

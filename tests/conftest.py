@@ -32,9 +32,11 @@ TEXTS = ["What colour is the circle? red green blue", "How many shapes are there
          "Where is it? left right top bottom"] * 20
 
 
-def pytest_configure():
-    """Models this small gain nothing from a second thread, and lose much where other programs want the cores."""
+def pytest_configure(config):
+    """Models this small gain nothing from a second thread, and lose much where other programs want the cores. And
+    pytest sets aside the filter of train.py's own."""
     torch.set_num_threads(1)
+    config.addinivalue_line("filterwarnings", "ignore:torch.distributed is disabled")
 
 
 # Half as deep as the tiny backbone: there is as much to test, and less to wait for

@@ -365,7 +365,7 @@ def test_a_run_leaves_a_table_curves_and_a_page_that_needs_no_other_file(whole_r
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert all(math.isfinite(row["loss"]) and row["kl"] >= 0 and 0 <= row["off_policy"] < 1e-4 for row in rows)
     assert Policy.from_pretrained(out / "model" / "policy").end == 2
-    assert not list(out.rglob("*.partial")) and not list(out.rglob("checkpoint.pt"))
+    assert not list(out.rglob("*.partial")) and not list(out.rglob("checkpoint*"))
     header, _, start, model = (out / "table.md").read_text().splitlines()
     gain = f"{100 * (policies['model']['accuracy'] - policies['start']['accuracy']):+.1f}"
     assert header.startswith("| policy") and start.startswith("| start ") and model.endswith(f" {gain} |")
@@ -423,7 +423,7 @@ def test_a_resumed_run_does_not_keep_the_checkpoint_that_it_replaces(flags, tmp_
         patch.setattr(rl, "stop_signals", stop_after_two_steps)
         assert rl.main(cfg) == 128 + 15
     mapped, real, maps = [], rl.grpo_step, Path("/proc/self/maps")
-    monkeypatch.setattr(rl, "grpo_step", lambda *a: mapped.append("checkpoint.pt" in maps.read_text()) or real(*a))
+    monkeypatch.setattr(rl, "grpo_step", lambda *a: mapped.append("checkpoint-" in maps.read_text()) or real(*a))
     assert rl.main(replace(cfg, resume=True)) == 0 and mapped == [False] * 2
 
 
@@ -476,10 +476,9 @@ def test_gradients_that_are_not_finite_are_skipped_and_ten_end_the_run(flags, tm
         patch.setattr(rl, "grpo_loss", lambda logprobs, *_: logprobs.sum() * torch.nan)
         assert rl.main(cfg) == 1
     assert "ten updates in a row" in capsys.readouterr().err
-    state = torch.load(tmp_path / "run" / "model" / "checkpoint.pt", weights_only=True)
-    assert state["step"] == 5  # two passes a step
-    start = Policy.from_pretrained(flags["policy"]).state_dict()
-    assert all(torch.equal(state["policy"][name], weight) for name, weight in start.items())
+    saved = load_file(*(tmp_path / "run" / "model" / "checkpoint-5").glob("*.safetensors"))  # two passes a step
+    start = dict(Policy.from_pretrained(flags["policy"]).named_parameters())
+    assert all(torch.equal(saved[name], weight) for name, weight in start.items())
     assert rl.main(replace(cfg, resume=True)) == 0 and len(log_of(cfg.out)) == 6
 
 
@@ -576,8 +575,9 @@ def test_bad_input_gets_one_line_that_says_what_to_do(whole_run, flags, reward_f
     for damaged in (b"junk", b""):
         shutil.copytree(whole_run.out, tmp_path / "damaged", dirs_exist_ok=True)
         (tmp_path / "damaged" / "model" / "result.json").unlink()
-        (tmp_path / "damaged" / "model" / "checkpoint.pt").write_bytes(damaged)
-        with pytest.raises(ValueError, match="checkpoint.pt cannot be read"):
+        (tmp_path / "damaged" / "model" / "checkpoint-2").mkdir(exist_ok=True)
+        (tmp_path / "damaged" / "model" / "checkpoint-2" / "state.json").write_bytes(damaged)
+        with pytest.raises(ValueError, match="state.json cannot be read"):
             rl.main(replace(whole_run, resume=True, out=str(tmp_path / "damaged")))
 
 

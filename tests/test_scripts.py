@@ -71,8 +71,7 @@ def test_an_unknown_flag_is_one_line(name, run_script, capsys):
 
 def test_no_script_loads_what_it_must_not():
     for name, source in SOURCES.items():
-        assert not re.search(r"trust_remote_code\s*=\s*True|weights_only\s*=\s*False|pickle\.load", source), name
-        assert source.count("torch.load(") == source.count("weights_only=True"), name
+        assert not re.search(r"trust_remote_code\s*=\s*True|torch\.load|pickle\.load", source), name
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -49,7 +49,7 @@ nodes = [multiprocessing.get_context("fork").Process(target=node, args=(disk, po
 for disk, launcher in zip(disks, nodes):
     disk.mkdir()
     launcher.start()
-while not (disks[0] / "run" / "checkpoint.pt").exists():
+while not any(disks[0].glob("run/checkpoint-*")):
     if nodes[0].exitcode is not None:
         sys.exit((disks[0] / "said").read_text()[-3000:])
     time.sleep(0.02)

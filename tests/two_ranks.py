@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint.state_dict as dcp
 
 from conftest import draw_nothing, real_curves  # which puts the scripts on the path
 import evaluate
@@ -36,7 +35,7 @@ class KeepGradient:
         with torch.no_grad():
             for p in self.param_groups[0]["params"]:
                 p.copy_(p.grad)  # the gathered weights of a model whose weights are its gradients
-        self.gradient = dcp.get_model_state_dict(self.model, options=train.TRAINED)
+        self.gradient = train.gathered({name: p for name, p in self.model.named_parameters() if p.requires_grad})
 
     def zero_grad(self, set_to_none):
         pass

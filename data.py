@@ -244,13 +244,16 @@ read_comparisons = Comparisons
 def place(rows, i: int) -> str:
     return rows.place(i) if isinstance(rows, Comparisons) else f"{rows[i].source} comparison {i + 1}".strip()
 
-def use_row(rows, i: int, use):
-    """use(comparison i), as `encode` does. BadRow with its place if it cannot be read, or if that is a ValueError."""
-    comparison = rows[i]
+def use_row(rows, i: int, use, on_bad_row="stop"):
+    """use(comparison i), as `encode` does. If it cannot be read, or that is a ValueError: BadRow with its place, raised,
+    or returned if it is to be skipped."""
     try:
-        return use(comparison)
+        return use(rows[i])
     except ValueError as error:
-        raise BadRow(f"{place(rows, i)}: {error}") from None
+        bad = error if isinstance(error, BadRow) else BadRow(f"{place(rows, i)}: {error}")
+    if on_bad_row == "stop":
+        raise bad
+    return bad
 
 @contextlib.contextmanager
 def new_folder(folder):

@@ -6,13 +6,12 @@ Read: to the double line, 10 minutes: what each benchmark counts, what to look a
     python evaluate.py --model DIR --data bench/vl-rewardbench bench/rm-bench     benchmarks, as data.py makes them
     python evaluate.py --model DIR --data FOLDER                  your own comparisons: accuracy by category
     python evaluate.py --model A B --ensemble accuracy --validation FOLDER --data ...      two as one (section 4.7)
-    python evaluate.py --rescore OUT/*/predictions.jsonl          every table again, without a model
     torchrun --nproc_per_node 8 evaluate.py ...                   the same result, whatever the number of ranks
 
 OUT/<folder's name> (OUT: --out, or evaluation/ in the first model's folder) gets predictions.jsonl (every reward;
-written first), summary.json, table.md and report.html (the worst mistakes, with pictures); OUT itself, if there are
-several folders, table.md and summary.json with the paper's averages. Not in the paper: intervals, controls, the
-official grouping of VL-RewardBench (--grouping paper: BaseReward's). Which printed rows compare: see NOTES.
+`metrics` makes the figures of its rows), summary.json, table.md and report.html (the worst mistakes, with pictures);
+OUT itself, if there are several folders, table.md and summary.json with the paper's averages. Not in the paper:
+intervals, controls, the official grouping of VL-RewardBench. Which printed rows compare: see NOTES.
 """
 import base64
 import io
@@ -34,10 +33,10 @@ import transformers
 from torch import distributed as dist
 from transformers.hf_argparser import HfArg
 
-from data import (BENCHMARKS, BadRow, place, read_comparisons, remove_images, shuffle_images, synthetic,
+from data import (BENCHMARKS, BadRow, place, read_comparisons, remove_images, shuffle_images, synthetic, use_row,
                   write_comparisons)
 from model import RewardModel, Score, margins_of, one_line, open_frames, printable, to_messages
-from train import check_numbers, command_line, say, score_over_ranks, start_processes, used_or_error, write_text
+from train import check_numbers, command_line, say, score_over_ranks, start_processes, write_text
 
 ALL = "accuracy"  # the group of every pair
 KEYS = {"rewards": "images as they are", "removed": "images removed", "shuffled": "images shuffled"}
@@ -51,14 +50,14 @@ def margins(rows):
             for margin in said:
                 yield row, winner, loser, margin
 
-def pair_events(rows, benchmark: str = "", grouping: str = "official"):
+def pair_events(rows, benchmark: str = ""):
     """Events (group, prompt, hit): every pair in each group that it counts in. Figures are made of shares of hits."""
     for row, winner, loser, margin in margins(rows):
         group, wider = row["category"] or "no category", [ALL]
         if group == ALL:
             group = "accuracy (a category)"
-        if benchmark == "vl-rewardbench" and grouping == "paper" and row["id"].startswith(("RLAIF", "RLHF")):
-            group = "general"  # R1-Reward's script looks for these names in lower case, and does not find them
+        if benchmark == "vl-rewardbench":  # the paper's script looks for rlaif and rlhf, and does not find them
+            wider.append(f"{'general' if row['id'].startswith(('RLAIF', 'RLHF')) else group}, paper")
         if benchmark == "multimodal-rewardbench" and group.startswith("safety/"):
             wider = ["safety", ALL]
         if benchmark == "rm-bench":  # responses 0 1 2 are chosen, 3 4 5 rejected: concise, plain, markdown
@@ -77,12 +76,14 @@ def whole_ids(rows):
 
 # A benchmark is a function: {figure: value} from {group: share of hits}. Two more stand below the line.
 def vl_rewardbench(share) -> dict:
-    """Overall counts every pair alike, macro every group.
+    """Overall counts every pair alike, macro every group; and both as the paper groups.
 
-    >>> vl_rewardbench({"general": 1, "hallucination": 0.5, "reasoning": 0, ALL: 0.8})["macro"]
+    >>> vl_rewardbench(defaultdict(float, {"general": 1, "hallucination": 0.5, "reasoning": 0, ALL: 0.8}))["macro"]
     0.5"""
     groups = {name: share[name] for name in ("general", "hallucination", "reasoning")}
-    return groups | {"overall": share[ALL], "macro": sum(groups.values()) / 3}
+    paper = {f"{name}, paper": share[f"{name}, paper"] for name in groups}
+    groups |= {"overall": share[ALL], "macro": sum(groups.values()) / 3}
+    return groups | paper | {"macro, paper": sum(paper.values()) / 3}
 
 def mm_rlhf_rewardbench(share) -> dict:
     """Acc is the share of pairs, Acc+ that of ids with all their pairs right.
@@ -208,8 +209,8 @@ BaseReward (ensemble) 7B+7B    | 88.10 100.00 97.06 87.50 92.00 92.94 80.43"""}
 
 # What keeps them from being on one footing: arithmetic over the public ids, done again by tests/test_evaluate.py
 NOTES = {"vl-rewardbench": [
-    "With --grouping official this model's row compares in every column with rows [a], with --grouping paper with [b] "
-    "(mind [d] and [e]); with all others in overall alone.",
+    "This model's first columns compare with rows [a], those that say `paper` with [b] (mind [d] and [e]); with all "
+    "others overall alone.",
     "[a] grouped as the official script does: 183 general, 749 hallucination, 318 reasoning.   [b] grouped as that of "
     "R1-Reward, which looks for rlhf and rlaif where the ids have RLHF and RLAIF: 484, 448, 318.   [c] fits neither.",
     "[d] printed with two columns exchanged: 318 rows stand under general, 484 under reasoning.   [e] scored on 1,225 "
@@ -267,9 +268,9 @@ def figures(events, metric=dict) -> dict:
             found[name] = {"value": value.item(), "low": low, "high": high, "n": int(n)}
     return found
 
-def metrics(benchmark: str, rows: list, grouping: str = "official") -> dict:
+def metrics(benchmark: str, rows: list) -> dict:
     """The figures of prediction rows; where they are no benchmark's, of the 13 largest categories."""
-    events = list(pair_events(rows, benchmark, grouping))
+    events = list(pair_events(rows, benchmark))
     if benchmark == "mm-rlhf-rewardbench":
         events += whole_ids(rows)
     if benchmark == "comparisons":  # a table with more columns is no table
@@ -316,7 +317,7 @@ def open_folder(path: str, on_bad_row: str) -> tuple:
     rows = read_comparisons(path) if path else synthetic(DRAWN, held_out=True)
     found, prompts, sources = [], {}, set()
     for i in range(len(rows)):
-        c = used_or_error(rows, i, lambda c: c, on_bad_row)
+        c = use_row(rows, i, lambda c: c, on_bad_row)
         if isinstance(c, BadRow):
             found.append({"row": i + 1, "error": str(c)})
             continue
@@ -324,7 +325,6 @@ def open_folder(path: str, on_bad_row: str) -> tuple:
         found.append({"row": i + 1, "id": c.id, "category": c.category, "images": len(c.images),
                       "prompt": prompts.setdefault(repr((c.prompt, c.images)), len(prompts)),  # rows may share one
                       "pairs": [list(pair) for pair in c.pairs], "characters": [len(text) for text in c.responses],
-                      "rank": [1 + sum(loser == k for _, loser in c.pairs) for k in range(len(c.responses))],
                       "rewards": {}, "removed": {}, "shuffled": {}})  # each {model: K rewards}, until `combine`
     benchmark = next((name for name in BENCHMARKS if sources == {name}), "comparisons")
     return Path(path or "drawn").resolve().name.removesuffix(".jsonl"), benchmark, rows, found
@@ -395,35 +395,11 @@ def score(cfg: "Config", device: torch.device):
             if directory == models[-1]:
                 name, benchmark, rows, found = folder
                 weights = combine(found, takes, cfg.ensemble, held[-1])
-                yield out / name, {"benchmark": benchmark, "rows_in": len(found), "model": cfg.model,
-                                   "ensemble": cfg.ensemble, "weights": weights, "paradigms": paradigms,
-                                   "critiques": cfg.critiques, "dtype": dtype,
-                                   "seconds": round(time.time() - started, 1), **receipt(device)}, found, rows
+                yield out / name, {"benchmark": benchmark, "model": cfg.model, "ensemble": cfg.ensemble,
+                                   "weights": weights, "paradigms": paradigms, "critiques": cfg.critiques,
+                                   "dtype": dtype, "seconds": round(time.time() - started, 1),
+                                   **receipt(device)}, found, rows
         del model
-
-def rescored(cfg: "Config"):
-    """What `score` yields, of files it left. Folders of --data, found by name, are for the pictures of report.html."""
-    folders = {Path(path).resolve().name.removesuffix(".jsonl"): path for path in cfg.data}
-    wanted = {"row", "id", "category", "prompt", "pairs", "characters", "rewards"}
-    if len({Path(file).resolve().parent.name for file in cfg.rescore}) < len(cfg.rescore):
-        raise ValueError("--rescore: two files of one folder name; rescore one model at a time")
-    for file in cfg.rescore:
-        try:
-            facts, *found = [json.loads(line) for line in Path(file).read_text(encoding="utf-8").splitlines()]
-            good = [row for row in found if "error" not in row]
-            whole = all(row.keys() >= wanted for row in good) and len(found) == facts.get("rows_in", len(found))
-            finite = all(math.isfinite(margin) for *_, margin in margins(good))
-            if facts["benchmark"] not in METRICS or not [*map(Path, facts["model"])] or not whole or not finite:
-                raise ValueError("it was cut short, or is another file")
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):  # no such file, no JSON, or another's
-            raise ValueError(f"--rescore {file}: this is not the predictions.jsonl of an earlier run") from None
-        out, rows = Path(file).resolve().parent, None
-        if out.name in folders:
-            *_, rows, now = open_folder(folders[out.name], "skip")
-            both = [(a, b) for a, b in zip(found, now) if "error" not in {*a, *b}]
-            if len(now) != len(found) or any(a["characters"] != b["characters"] for a, b in both):
-                raise ValueError(f"{folders[out.name]} does not hold the rows of {file}: not the same data")
-        yield Path(cfg.out or out.parent, out.name), facts, found, rows
 
 # What it leaves behind ------------------------------------------------------------------------------------------------
 def receipt(device: torch.device) -> dict:
@@ -435,17 +411,17 @@ def receipt(device: torch.device) -> dict:
             "commit": commit.stdout.decode().strip() or "unknown", "date": time.strftime("%Y-%m-%d"), "ranks": world,
             "hardware": f"{world} x {kind}", "torch": torch.__version__, "transformers": transformers.__version__}
 
-def summarise(benchmark: str, rows: list[dict], grouping: str) -> dict:
+def summarise(benchmark: str, rows: list[dict]) -> dict:
     """Everything the tables show, from the prediction rows alone."""
     good, lost = ([row for row in rows if ("error" in row) == bad] for bad in (False, True))
     if not good:
         raise ValueError(f"not one of {len(rows)} rows could be scored; the first: {lost[0]['error'] if lost else ''}")
     prior = sum(row["category"] in SECTIONS["Prior Sets"] for row in good) if benchmark == "rewardbench" else 0
     return {"rows": len(good), "expected": BENCHMARKS.get(benchmark, len(rows) - prior) + prior,
-            "missing": f"one: {lost[0]['error']}" if lost else "the folder has no more", "grouping": grouping,
+            "missing": f"one: {lost[0]['error']}" if lost else "the folder has no more",
             "prompts": len({row["prompt"] for row in good}), "pairs": sum(len(row["pairs"]) for row in good),
             "verdicts": sum(1 for _ in margins(good)), "ties": sum(margin == 0 for _, _, _, margin in margins(good)),
-            "figures": metrics(benchmark, good, grouping),
+            "figures": metrics(benchmark, good),
             "beyond": dict(sorted(figures(controls(good)).items()))}
 
 def tables(summary: dict, benchmark: str, name: str) -> tuple[list, list]:
@@ -546,26 +522,24 @@ def mistakes(found: list[dict], rows, worst: int) -> tuple[list[dict], int]:
 def leave(out: Path, facts: dict, found: list[dict], rows, cfg: "Config") -> tuple[dict, str]:
     """summary.json, table.md and report.html of one folder; returns its figures and the text of its tables."""
     benchmark, name = facts["benchmark"], " + ".join(Path(model).name for model in facts["model"])
-    summary, notes = summarise(benchmark, found, cfg.grouping), list(NOTES.get(benchmark, []))
+    summary, notes = summarise(benchmark, found), list(NOTES.get(benchmark, []))
     if len(facts["model"]) == 1:  # in an ensemble a judge's preferences are rewards like any other's
-        notes += [note.format(**facts) for kind, note in PARADIGM_NOTES.items() if kind in facts.get("paradigms", [])]
+        notes += [note.format(**facts) for kind, note in PARADIGM_NOTES.items() if kind in facts["paradigms"]]
     table, rest = tables(summary, benchmark, name)
     complete, judge = summary["rows"] == summary["expected"], summary["verdicts"] != summary["pairs"]
     count = "{rows:,} rows" if complete else "{rows:,} OF {expected:,} ROWS ({missing:.200})"
     count += ", {prompts:,} prompts, {pairs:,} pairs" + ", {verdicts:,} verdicts" * judge + ", {ties:,} ties"
-    first = printable(f"{out.name} ({benchmark}, {cfg.grouping} grouping): {count.format(**summary)}")
-    receipt = "{command} · commit {commit} · {date} · {hardware} · {dtype} · {seconds} s"
-    receipt = receipt.format_map(defaultdict(str, facts))
+    first = printable(f"{out.name} ({benchmark}): {count.format(**summary)}")
+    receipt = "{command} · commit {commit} · {date} · {hardware} · {dtype} · {seconds} s".format(**facts)
     text = printable("\n\n".join([first, markdown(table), *notes, markdown(rest), receipt]))
     write_text(out / "summary.json", json.dumps(facts | summary, indent=1) + "\n")
     write_text(out / "table.md", text + "\n")
-    if rows:
-        cards, wrong = mistakes(found, rows, cfg.worst)
-        shown = f"{len(cards)} of the {wrong:,} wrong of {summary['verdicts']:,}; margin: chosen less rejected"
-        write_text(out / "report.html", page(f"{name} on {first}", [
-            {"text": [*notes, receipt], "table": table, "bold": name},
-            {"heading": "Does it look, does it count words, is it as often right as it says", "table": rest},
-            {"heading": "The worst mistakes first", "text": [shown], "cards": cards}]))
+    cards, wrong = mistakes(found, rows, cfg.worst)
+    shown = f"{len(cards)} of the {wrong:,} wrong of {summary['verdicts']:,}; margin: chosen less rejected"
+    write_text(out / "report.html", page(f"{name} on {first}", [
+        {"text": [*notes, receipt], "table": table, "bold": name},
+        {"heading": "Does it look, does it count words, is it as often right as it says", "table": rest},
+        {"heading": "The worst mistakes first", "text": [shown], "cards": cards}]))
     return summary["figures"], text
 
 # The command line -----------------------------------------------------------------------------------------------------
@@ -576,12 +550,10 @@ class Config:
     model: list[str] = HfArg(default_factory=list, help="saved reward models (--out of train.py); several: an ensemble")
     data: list[str] = HfArg(default_factory=list, help="data folders, benchmarks among them; none: drawn comparisons")
     out: str = HfArg(default="", help="folder for the results; none: evaluation/ in the (first) model's folder")
-    grouping: Literal["official", "paper"] = HfArg(default="official", help="of VL-RewardBench's ids")
     ensemble: Literal["average", "accuracy", "confidence"] = HfArg(default="average", help="how members are weighed")
     validation: str = HfArg(default="", help="folder to weigh the members by (the paper takes 1,000 pairs)")
     route: bool = HfArg(default=False, help="prompts without images go to the text-only members alone")
     probe: bool = HfArg(default=True, help="score twice more, with images removed and shuffled")
-    rescore: list[str] = HfArg(default_factory=list, help="files predictions.jsonl: tables without a model")
     worst: int = HfArg(default=100, help="mistakes shown in report.html")
     on_bad_row: Literal["stop", "skip"] = HfArg(default="stop", help="skip: and say how many rows are missing")
     pack_tokens: int = HfArg(default=0, help="tokens in a pack; 0: 16,384 on a GPU, 1,024 on a CPU")
@@ -593,19 +565,16 @@ class Config:
 def main(cfg: Config) -> None:
     check_numbers(cfg, not_negative=("worst", "pack_tokens", "critique_tokens"))
     cfg = replace(cfg, model=[*{Path(m).resolve(): m for m in cfg.model}.values()])  # each once
-    if not cfg.model and not cfg.rescore:
+    if not cfg.model:
         raise ValueError("--model DIR is missing: a saved reward model, such as runs/default after train.py")
-    if cfg.write_critiques and (len(cfg.model) != 1 or len(cfg.data) != 1 or cfg.rescore or cfg.critiques == "given"
+    if cfg.write_critiques and (len(cfg.model) != 1 or len(cfg.data) != 1 or cfg.critiques == "given"
                                 or Path(cfg.write_critiques).exists()):
         raise ValueError("--write_critiques takes one critic (--model), one folder (--data), and a folder that is new")
-    device, texts, folders, values = start_processes(), [], {}, {}
-    for out, facts, found, rows in rescored(cfg) if cfg.rescore else score(cfg, device):
+    device, texts, folders, values, lost = start_processes(), [], {}, {}, []
+    for out, facts, found, rows in score(cfg, device):
         if dist.get_rank() == 0:
-            if not cfg.rescore:  # first of all, so that nothing below can lose them
-                write_text(out / "predictions.jsonl", "".join(json.dumps(row) + "\n" for row in [facts, *found]))
-                bad = [row["error"] for row in found if "error" in row]
-                if bad and cfg.on_bad_row == "stop":  # a picture that is broken is found when it is its turn
-                    raise ValueError(f"{bad[0]}; the others are scored: --rescore {out / 'predictions.jsonl'}")
+            write_text(out / "predictions.jsonl", "".join(json.dumps(row) + "\n" for row in [facts, *found]))
+            lost += [row["error"] for row in found if "error" in row]
             if cfg.write_critiques:  # for a critic's head to train on: in use it reads its own (CLoud, 2408.11791)
                 good = (row for row in found if "error" not in row)
                 write_comparisons(cfg.write_critiques, (
@@ -621,6 +590,8 @@ def main(cfg: Config) -> None:
             say(texts[-1])
         write_text(out.parent / "table.md", "\n\n".join(texts) + "\n")
         write_text(out.parent / "summary.json", json.dumps({"averages": means, "folders": folders}, indent=1) + "\n")
+    if lost and cfg.on_bad_row == "stop":  # a picture that is broken is found when it is its turn
+        raise ValueError(f"{lost[0]}; the other rows are scored, and the tables say how many are missing")
 
 if __name__ == "__main__":
     command_line(main, Config, "evaluate.py")

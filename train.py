@@ -134,7 +134,7 @@ def load_step(step: int, order: Order, sets: list, processor, cfg: "Config") -> 
     good, bad_rows, too_long, status = [], 0, 0, 0
     for s, i in deal(order.step(step), sets)[dist.get_rank()]:
         dice = random.Random(f"{cfg.seed} {s} {i}")  # a judge's orders, by (seed, row)
-        items = used_or_error(sets[s], i, partial(to_learn, processor=processor, dice=dice), "skip")
+        items = use_row(sets[s], i, partial(to_learn, processor=processor, dice=dice), "skip")
         if isinstance(items, BadRow):
             bad_rows += 1
             if cfg.on_bad_row == "stop" and not status:
@@ -440,15 +440,6 @@ def deal(names: list[tuple[int, int]], sets: list) -> list[list[tuple[int, int]]
         loads[rank] += size
     return hands
 
-def used_or_error(rows, i: int, use, on_bad_row: str):
-    """What `use` makes of row i. One that cannot be used raises BadRow, or gives it back if it is to be skipped."""
-    try:
-        return use_row(rows, i, use)
-    except BadRow as error:
-        if on_bad_row == "stop":
-            raise
-        return error
-
 def check_held_out(held: list, model: RewardModel, on_bad_row: str) -> list[Comparison]:
     """The held-out rows of all sets, each read and encoded once, shared out over the ranks: one that cannot be used is
     named with file and line now, and not after days of training."""
@@ -456,7 +447,7 @@ def check_held_out(held: list, model: RewardModel, on_bad_row: str) -> list[Comp
     places = [(rows, i) for rows in held for i in range(len(rows)) if not silent]
     mine = range(dist.get_rank(), len(places), dist.get_world_size())
     use = partial(asked, model=model)
-    bad = [k for k in mine if isinstance(used_or_error(*places[k], use, on_bad_row), BadRow)]
+    bad = [k for k in mine if isinstance(use_row(*places[k], use, on_bad_row), BadRow)]
     bad = set().union(*gather_objects(bad))
     return [rows[i] for k, (rows, i) in enumerate(places) if k not in bad]
 
@@ -660,7 +651,7 @@ def score_over_ranks(model: RewardModel, rows, pack_tokens=None, on_bad_row="sto
 
     def read(start: int) -> dict:  # {i: (the comparison, what is read to score it) or BadRow}
         mine = range(start + 64 * rank, min(start + 64 * (rank + 1), len(rows)))
-        return {i: used_or_error(rows, i, lambda c: (c, asked(c, model)), on_bad_row) for i in mine}
+        return {i: use_row(rows, i, lambda c: (c, asked(c, model)), on_bad_row) for i in mine}
 
     rounds = tqdm(range(0, len(rows), at_once), bar, unit_scale=at_once, disable=not bar or rank > 0, leave=False)
     for items in one_ahead(read, rounds, model.device.type == "cuda"):

@@ -63,7 +63,7 @@ def main(cfg: Config) -> None:
     parts = [2 * (all_weights - low) / 1e9, 16 * low / 1e9, inputs / 1e9]
     for step in range(cfg.steps):
         started = time.time()
-        sums, norm = train.take_step(model, optimizer, [batch], batch, 1, 1, train.Config())
+        sums, norm = train.take_step(model, optimizer, [batch], batch, 1, 1, 0, train.Config())
         print(f"step {step + 1}: loss {sums[0]:.4f}, gradient {norm:.3f}, {time.time() - started:.0f} s, {peak():.1f} GB", flush=True)
     print(f"{cfg.shape}, rank {cfg.lora}: {(all_weights - low) / 1e9:.2f} billion weights frozen, {low / 1e6:.1f} million trained, "
           f"{len(batch.input_ids)} tokens. By counting {' + '.join(f'{part:.2f}' for part in parts)} = {sum(parts):.2f} GB; "

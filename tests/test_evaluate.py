@@ -25,12 +25,12 @@ from model import Comparison, RewardModel, Score
 
 def rows_of(*cells):
     """Prediction rows of (category, id, margin): one pair each, every row another prompt."""
-    return [{"row": i + 1, "id": id, "category": category, "prompt": i, "images": 0, "pairs": [[0, 1]], "rank": [1, 2],
+    return [{"row": i + 1, "id": id, "category": category, "prompt": i, "images": 0, "pairs": [[0, 1]],
              "characters": [4, 5], "rewards": [float(margin), 0.0]} for i, (category, id, margin) in enumerate(cells)]
 
 
-def values(benchmark, rows, grouping="official"):
-    return {name: round(f["value"], 2) for name, f in metrics(benchmark, rows, grouping).items()}
+def values(benchmark, rows):
+    return {name: round(f["value"], 2) for name, f in metrics(benchmark, rows).items()}
 
 
 VL = [("general", "wildvision-battle_1", 1), ("hallucination", "RLAIF-V-9", 1), ("hallucination", "RLHF-V-3", 0),
@@ -52,11 +52,10 @@ def test_vl_rewardbench_is_grouped_by_the_id_and_a_tie_is_wrong():
     Paper: RLAIF and RLHF count as general = 3/4; hallucination = 1/1; reasoning 2/3.
     """
     rows = rows_of(*VL)
-    assert values("vl-rewardbench", rows) == {"general": 100, "hallucination": 66.67, "reasoning": 66.67, "overall": 75,
-                                              "macro": 77.78}
-    assert values("vl-rewardbench", rows, "paper") == {"general": 75, "hallucination": 100, "reasoning": 66.67,
-                                                       "overall": 75, "macro": 80.56}
-    assert summarise("vl-rewardbench", rows, "official")["ties"] == 1
+    official = {"general": 100, "hallucination": 66.67, "reasoning": 66.67, "overall": 75, "macro": 77.78}
+    paper = {"general, paper": 75, "hallucination, paper": 100, "reasoning, paper": 66.67, "macro, paper": 80.56}
+    assert values("vl-rewardbench", rows) == official | paper
+    assert summarise("vl-rewardbench", rows)["ties"] == 1
 
 
 def test_repeated_ids_are_kept_apart():
@@ -112,7 +111,7 @@ def test_rewardbench_score_with_and_without_prior_sets():
     rows = rows_of(*[(subset, "", -1 if subset in ("hep-cpp", "math-prm", "shp") else 1) for subset in subsets])
     found = values("rewardbench", rows)
     assert (found["Reasoning"], found["Prior Sets"], found["score"], found["score with prior sets"]) == (41.67, 75, 85.42, 84.26)
-    assert summarise("rewardbench", rows, "official")["expected"] == 2985 + 4
+    assert summarise("rewardbench", rows)["expected"] == 2985 + 4
     without = values("rewardbench", [row for row in rows if row["category"] != "shp"])
     assert without["score"] == 85.42 and "score with prior sets" not in without
 
@@ -310,24 +309,17 @@ def test_a_run_leaves_every_reward_with_id_category_and_rank_and_a_receipt(score
     model, comparisons = RewardModel.from_pretrained(models / "eyes"), synthetic(40, seed=3)
     for row, c in list(zip(rows, comparisons, strict=True))[:10]:
         assert (row["id"], row["category"], [tuple(p) for p in row["pairs"]]) == (c.id, c.category, list(c.pairs))
-        assert row["characters"] == list(map(len, c.responses)) and max(row["rank"]) > 1
+        assert row["characters"] == list(map(len, c.responses))
         assert row["rewards"] == pytest.approx(model.score(c.prompt, c.responses, c.images), abs=1e-5)
         assert ("removed" in row) == ("shuffled" in row) == bool(c.images)
     assert {"command", "commit", "date", "hardware", "pairs", "torch"} <= summary.keys() and summary["dtype"] == "fp32"
     text = (out / "table.md").read_text()
-    assert text.startswith("drawn (comparisons, official grouping): 40 rows") and "95% interval" in text and "images shuffled" in text
+    assert text.startswith("drawn (comparisons): 40 rows") and "95% interval" in text and "images shuffled" in text
 
 
 def test_the_rows_of_a_folder_stay_in_its_file(folder):
     """Of which each is read when it is scored: the pictures of a benchmark fit no memory that eight ranks share."""
     assert isinstance(evaluate.open_folder(str(folder), "stop")[2], data.Comparisons)
-
-
-def test_a_response_ranks_below_all_that_beat_it(tmp_path):
-    """Of four responses the third beats the first and the last, the first beats the second."""
-    c = Comparison("?", ["a", "b", "c", "d"], [(2, 0), (0, 1), (2, 1), (2, 3)])
-    *_, found = evaluate.open_folder(str(write_comparisons(tmp_path / "data", [c], bar=False)), "stop")
-    assert found[0]["rank"] == [2, 3, 1, 2]
 
 
 def test_rows_of_one_prompt_share_its_number_and_a_benchmark_knows_what_it_is(tmp_path):
@@ -336,38 +328,6 @@ def test_rows_of_one_prompt_share_its_number_and_a_benchmark_knows_what_it_is(tm
     name, benchmark, _, found = evaluate.open_folder(str(tmp_path / "mm"), "stop")
     assert (name, benchmark) == ("mm", "mm-rlhf-rewardbench") and [row["prompt"] for row in found] == [0, 0, 0, 1, 1, 2, 3, 4]
     assert [row["category"] for row in found] == ["mcq"] * 3 + ["long"] * 2 + ["short", "safety", "video"]
-
-
-def test_rescoring_does_not_lay_rewards_beside_other_rows(scored, folder, tmp_path):
-    shutil.copytree(folder, tmp_path / "drawn")
-    lines = (folder / "comparisons.jsonl").read_text().splitlines()
-    (tmp_path / "drawn" / "comparisons.jsonl").write_text("\n".join(lines[::-1]))
-    with pytest.raises(ValueError, match="does not hold the rows of .*: not the same data"):
-        main(Config(rescore=[str(scored[0] / "predictions.jsonl")], data=[str(tmp_path / "drawn")], out=str(tmp_path / "out")))
-
-
-def test_rescoring_gives_every_table_again_without_a_model(scored, folder, tmp_path):
-    out, summary, _ = scored
-    main(Config(rescore=[str(out / "predictions.jsonl")], out=str(tmp_path), data=[str(folder)], worst=30))
-    again = json.loads((tmp_path / "drawn" / "summary.json").read_text())
-    assert again == summary
-    for name in ("table.md", "report.html"):
-        assert (tmp_path / "drawn" / name).read_text() == (out / name).read_text()
-
-
-@pytest.mark.parametrize("key", ["row", "id", "category", "prompt", "pairs", "characters", "rewards"])
-def test_incomplete_predictions_are_refused_in_one_line(key, tmp_path):
-    """A row without one of the keys that the tables need, a half line, facts of no benchmark, and JSON of another kind."""
-    file = tmp_path / "predictions.jsonl"
-    facts, (row,) = {"benchmark": "comparisons", "model": ["m"]}, rows_of(("a", "b", 1))
-    lost = {name: value for name, value in row.items() if name != key}
-    for lines in ([facts, row, lost], [row, row], [], [{"benchmark": "comparisons"}, row], [facts | {"benchmark": []}, row], [[1], row], [facts, 3], [facts, "row"]):
-        file.write_text("\n".join(map(json.dumps, lines)) + "\n" + '{"half' * (key == "row"))
-        with pytest.raises(ValueError, match="this is not the predictions.jsonl of an earlier run") as error:
-            list(evaluate.rescored(Config(rescore=[str(file)])))
-        assert "\n" not in str(error.value) and len(str(error.value)) < 400
-    file.write_text("\n".join(map(json.dumps, [facts, row])))
-    assert list(evaluate.rescored(Config(rescore=[str(file)]))) == [(tmp_path, facts, [row], None)]
 
 
 def make_two_ranks(folder, backbones):
@@ -405,16 +365,13 @@ def test_several_folders_are_scored_by_one_model_that_is_loaded_once(models, fol
     assert loaded == [torch.float32]  # on a CPU; the 7B takes 15 GB of a GPU in bf16, and 31 in fp32
     found = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert list(found["folders"]) == ["vl", "mm-rlhf-rewardbench", "rewardbench", "drawn", "rm-bench"]
-    assert found["folders"]["vl"].keys() == {"general", "hallucination", "reasoning", "overall", "macro"}
+    assert found["folders"]["vl"].keys() >= {"general", "hallucination", "reasoning", "overall", "macro"}
     assert "Acc+" in found["folders"]["mm-rlhf-rewardbench"] and found["averages"].keys() == {"text"}
     score, overall = found["folders"]["rewardbench"]["score"]["value"], found["folders"]["rm-bench"]["overall"]["value"]
     assert found["averages"]["text"] == pytest.approx((score + overall) / 2)
     text = (tmp_path / "out" / "table.md").read_text()
-    assert text.startswith("vl (vl-rewardbench, official grouping): 8 OF 1,250 ROWS (the folder has no more), 1 prompts, 8 pairs")
-    assert "drawn (comparisons, official grouping): 40 rows" in text
-    files = sorted((tmp_path / "out").glob("*/predictions.jsonl"))
-    main(Config(rescore=list(map(str, files)), out=str(tmp_path / "again")))
-    assert json.loads((tmp_path / "again" / "summary.json").read_text())["averages"] == found["averages"]
+    assert text.startswith("vl (vl-rewardbench): 8 OF 1,250 ROWS (the folder has no more), 1 prompts, 8 pairs")
+    assert "drawn (comparisons): 40 rows" in text
 
 
 def test_the_weights_are_loaded_in_the_type_that_was_asked_for(models, few, tmp_path):
@@ -475,17 +432,17 @@ def test_a_text_only_member_votes_where_there_is_no_image_and_route_leaves_it_al
 
 
 def test_this_model_stands_between_the_published_rows_and_says_which_compare(tmp_path):
-    summary = summarise("vl-rewardbench", rows_of(*VL), "official")  # overall 75
+    summary = summarise("vl-rewardbench", rows_of(*VL))  # overall 75
     table, _ = tables(summary, "vl-rewardbench", "mine")
     names = [row[0] for row in table]
     at = names.index("mine")
     assert "71.92" in table[at - 1] and "78.53" in table[at + 3] and names[at + 1:at + 3] == ["95% interval", "n"]
-    assert table[at + 2][1:] == ["2", "3", "3", "8", "8"]
-    facts = dict.fromkeys(("command", "commit", "date", "hardware", "dtype", "seconds"), "x") | {"benchmark": "vl-rewardbench", "model": ["m"]}
-    _, text = leave(tmp_path, facts, rows_of(*VL), None, Config(grouping="paper"))
-    said = "(vl-rewardbench, paper grouping): 8 OF 1,250 ROWS (the folder has no more), 8 prompts, 8 pairs, 1 ties"
+    assert table[at + 2][1:] == ["2", "3", "3", "8", "8", "4", "1", "3", "8"]  # the last four: as the paper groups
+    facts = dict.fromkeys(("command", "commit", "date", "hardware", "dtype", "seconds"), "x") | {"benchmark": "vl-rewardbench", "model": ["m"], "paradigms": []}
+    _, text = leave(tmp_path, facts, rows_of(*VL), [Comparison("?", ["a", "b"])] * 8, Config())
+    said = "(vl-rewardbench): 8 OF 1,250 ROWS (the folder has no more), 8 prompts, 8 pairs, 1 ties"
     assert text.splitlines()[0] == f"{tmp_path.name} {said}"
-    assert "--grouping official this model's row compares in every column with rows [a]" in NOTES["vl-rewardbench"][0]
+    assert "first columns compare with rows [a]" in NOTES["vl-rewardbench"][0]
     marks = {mark for line in PUBLISHED["vl-rewardbench"].splitlines() for mark in re.findall(r"\b[a-e]\b(?=[^|]*\])", line)}
     assert marks == {"a", "b", "c", "d", "e"} and all(f"[{mark}]" in " ".join(NOTES["vl-rewardbench"][1:]) for mark in marks)
 
@@ -505,12 +462,12 @@ def test_missing_rows_are_in_the_first_line_of_the_table_with_their_own_reason(m
     assert [row["row"] for row in rows if "error" in row] == [20, 21]
     assert "comparisons.jsonl:21" in rows[20]["error"] and Path(broken).name in rows[20]["error"]
     assert all(("removed" in row) == ("shuffled" in row) == bool(row.get("images")) for row in rows)
-    assert (tmp_path / "out" / "data" / "table.md").read_text().startswith("data (comparisons, official grouping): 19 OF 21 ROWS (one: ")
-    assert "<h1>eyes on data (comparisons, official grouping): 19 OF 21 ROWS" in (tmp_path / "out" / "data" / "report.html").read_text()
+    assert (tmp_path / "out" / "data" / "table.md").read_text().startswith("data (comparisons): 19 OF 21 ROWS (one: ")
+    assert "<h1>eyes on data (comparisons): 19 OF 21 ROWS" in (tmp_path / "out" / "data" / "report.html").read_text()
     (data / "comparisons.jsonl").write_text("\n".join([lines[-2], *(line for line in lines if broken in line)]))
-    with pytest.raises(ValueError, match=r"comparisons.jsonl:2: .*image.*; the others are scored: --rescore"):
+    with pytest.raises(ValueError, match=r"comparisons.jsonl:2: .*image.*; the other rows are scored"):
         run("data", **settings)  # found when it is its turn, which may be hours later
-    main(Config(rescore=[str(tmp_path / "out" / "data" / "predictions.jsonl")]))
+    assert (tmp_path / "out" / "data" / "table.md").read_text().startswith("data (comparisons): 1 OF 2 ROWS")
     (data / "comparisons.jsonl").write_text("\n".join(line for line in lines if broken in line))
     with pytest.raises(ValueError, match=r"comparisons.jsonl:1: .*image"):
         run("data", **settings)
@@ -525,10 +482,10 @@ def test_a_line_break_a_bar_and_an_escape_do_not_break_a_table():
     assert table.isascii() and "\x1b" not in table and len(table) < 600
 
 
-def test_a_terminal_that_knows_ascii_alone_gets_the_tables(scored, monkeypatch, tmp_path):
+def test_a_terminal_that_knows_ascii_alone_gets_the_tables(models, few, monkeypatch, tmp_path):
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", out)
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--rescore", str(scored[0] / "predictions.jsonl"), "--out", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--model", str(models / "eyes"), "--data", str(few), "--out", str(tmp_path)])
     with pytest.raises(SystemExit) as end:
         train.command_line(main, Config, "evaluate.py")
     out.seek(0)
@@ -600,8 +557,7 @@ columns = getComputedStyle(d.querySelector(".answers")).gridTemplateColumns;
     (dict(model=["EYES"], route=True), "--route sends prompts without images to a text-only model"),
     (dict(model=["EYES", "TEXT"], ensemble="accuracy"), "give --validation FOLDER"),
     (dict(model=["EYES"], data=["DATA", "DATA"]), "two folders of one name"),
-    (dict(model=["EYES"], worst=-1), "--worst -1"), (dict(model=["EYES"], pack_tokens=-5), "--pack_tokens -5"),
-    (dict(rescore=["nowhere"]), "--rescore nowhere: this is not the predictions.jsonl of an earlier run")])
+    (dict(model=["EYES"], worst=-1), "--worst -1"), (dict(model=["EYES"], pack_tokens=-5), "--pack_tokens -5")])
 def test_bad_input_is_one_line_that_says_what_to_do(settings, words, models, backbones, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "DRAWN", 3)
     named = {"EYES": models / "eyes", "TEXT": models / "text", "TINY": backbones(), "DATA": folder}

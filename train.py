@@ -257,8 +257,9 @@ class Config:
             raise ValueError(f"--paradigm {cfg.paradigm}: --think is generative, and --length_norm naive (Algorithm 1)")
         if cfg.lora_vision and (cfg.freeze_vision or not cfg.lora):
             raise ValueError("--lora_vision needs --lora, and a vision tower that is not frozen by --freeze_vision")
-        if cfg.warmup > 1 or cfg.epochs > 1000:
-            raise ValueError(f"--warmup {cfg.warmup:g} is a share, at most 1; --epochs {cfg.epochs:g}: at most 1000")
+        if cfg.warmup > 1 or cfg.epochs > 1000 or cfg.train_size > 1e6:
+            raise ValueError(f"--warmup {cfg.warmup:g} is a share, at most 1; --epochs {cfg.epochs:g}: at most 1000; "
+                             f"--train_size {cfg.train_size}: at most a million, which lie in memory")
         return cfg
 
 TINY = {"tiny": "qwen2_5_vl", "tiny-qwen2-vl": "qwen2_vl", "tiny-qwen3-vl": "qwen3_vl", "tiny-internvl": "internvl",
@@ -580,7 +581,8 @@ def save_checkpoint(out: Path, optimizer, state: dict, in_parts: bool) -> None:
     parts = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors.values()]
     if not gather([all(bool(part.isfinite().all()) for part in parts)]).all():
         raise ValueError(f"weights are not finite after step {state['step']} and not saved; start anew, lower --lr")
-    tensors = tensors if in_parts else gathered(tensors)
+    if not in_parts and dist.get_world_size() > 1:
+        tensors = gathered(tensors)
     with replacing(out / f"checkpoint-{state['step']}") if first else contextlib.nullcontext() as folder:
         folder = from_first(folder)
         try:
@@ -615,8 +617,8 @@ def load_checkpoint(out: Path, optimizer, settings: dict, free, in_parts: bool) 
     saved = from_first(read_state(found[0] / "state.json", settings, free) if first else None)
     tensors, reader = tensors_of(optimizer), HuggingFaceStorageReader(found[0])
     try:
-        if in_parts:
-            dist.checkpoint.load(tensors, storage_reader=reader)
+        if in_parts or dist.get_world_size() == 1:
+            dist.checkpoint.load(tensors, storage_reader=reader, no_dist=not in_parts)
         else:
             whole = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in tensors.items() if first}
             if first:

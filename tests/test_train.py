@@ -739,6 +739,7 @@ def test_an_over_long_comparison_is_dropped_and_counted_never_cut(cfg, tmp_path)
     ({"lr": 0.0}, "--lr 0.0 must be above zero"), ({"clip": math.nan}, "--clip nan"), ({"lr": math.inf}, "--lr inf"),
     ({"lora": -1}, "--lora -1"), ({"lora_vision": True}, "needs --lora"),
     ({"lr": 1e30}, "--lr 1e[+]30"), ({"epochs": math.inf}, "--epochs inf"), ({"epochs": 1e9}, "--epochs 1e[+]09"),
+    ({"train_size": 10**7}, "--train_size 10000000: at most"),
     ({"warmup": math.inf}, "--warmup inf"), ({"warmup": -1.0}, "--warmup -1.0"), ({"batch_size": 10**400}, "--batch"),
     ({"data": ["nowhere"]}, "does not exist"), ({"eval_data": ["nowhere"]}, "does not exist"),
     ({"backbone": "nowhere/at-all"}, "cannot load"), ({"data": ["x:heavy"]}, "x:heavy does not exist"),

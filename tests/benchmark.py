@@ -1,15 +1,17 @@
-"""Pairs a second of the pack (each prompt once) against the stock way (one padded row per response, the image encoded for each), in
-one run.
+"""Pairs a second of the pack (each prompt once) against the stock way (one padded row per response, the image encoded
+for each), in one run.
 
     python tests/benchmark.py --mode score                                 two CPU cores, the tiny shape
     python tests/benchmark.py --mode train --k 4                           forward and backward; stock: 6 pairs x 2 rows
-    python tests/benchmark.py --mode train --shape 7b --image_tokens 1024 --prompt_tokens 2048 --comparisons 8     bf16, on CUDA
+    python tests/benchmark.py --mode train --shape 7b --image_tokens 1024 --prompt_tokens 2048 --comparisons 8
+                                                                           bf16, on CUDA
     python tests/benchmark.py --mode train --width 512 --layers 8          a tiny shape of another size
 
-Both ways get the same comparisons and must give the same rewards (train: also the same gradients) before anything is timed; then they take
-turns, and medians are compared. One prompt has `--prompt_tokens` tokens, of which `--image_tokens` are one image's, and K responses. The
-stock way takes K rows for K responses when it scores, and two rows for each of the K (K - 1) / 2 pairs when it
-trains, as trainers of preference pairs do. Weights and tokens are random: speed does not depend on what they say.
+Both ways get the same comparisons and must give the same rewards (train: also the same gradients) before anything is
+timed; then they take turns, and medians are compared. One prompt has `--prompt_tokens` tokens, of which
+`--image_tokens` are one image's, and K responses. The stock way takes K rows for K responses when it scores, and two
+rows for each of the K (K - 1) / 2 pairs when it trains, as trainers of preference pairs do. Weights and tokens are
+random: speed does not depend on what they say.
 
 Beside the ratio stands its limit: the ratio of the operations of the two ways, counted from the shapes: 2 a weight and
 token, in the decoder and in the vision tower, and 4 a width for every key that a query looks at. Padding, mask tables
@@ -46,26 +48,29 @@ class Config:
     width: int = HfArg(default=128, help="of the tiny shape's text model, a multiple of 32")
     layers: int = HfArg(default=4, help="of the tiny shape's text model")
     prompt_tokens: int = HfArg(default=1024, help="tokens of a prompt, the image's among them")
-    image_tokens: int = HfArg(default=256, help="of the prompt's tokens, a square number; each is 4 patches of 14 x 14 pixels; 0: no image")
+    image_tokens: int = HfArg(default=256, help="of the prompt's tokens, a square number; each is 4 patches of "
+                                                "14 x 14 pixels; 0: no image")
     response_tokens: int = HfArg(default=256, help="tokens of each response")
     k: int = HfArg(default=2, help="responses to a prompt")
     comparisons: int = HfArg(default=2, help="prompts in a repetition")
-    pack_tokens: int = HfArg(default=0, help="tokens in a pack; 0: 16,384 on a GPU, 1,024 on a CPU, as evaluate.py has it")
+    pack_tokens: int = HfArg(default=0, help="tokens in a pack; 0: 16,384 on a GPU, 1,024 on a CPU, as evaluate.py "
+                                             "has it")
     repetitions: int = HfArg(default=5, help="timed turns of each way, after one that is not timed")
 
 
-SIZES = {"3b": dict(vocab_size=151936, hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16,
-                    num_key_value_heads=2),
-         "7b": dict(vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
-                    num_key_value_heads=4)}
+SIZES = {"3b": dict(vocab_size=151936, hidden_size=2048, intermediate_size=11008, num_hidden_layers=36,
+                    num_attention_heads=16, num_key_value_heads=2),
+         "7b": dict(vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
+                    num_attention_heads=28, num_key_value_heads=4)}
 
 
 def published_shape(name: str) -> Qwen2_5_VLConfig:
     """Qwen2.5-VL-3B-Instruct's or -7B-Instruct's sizes."""
     text = SIZES[name] | dict(max_position_embeddings=128000,
-                              rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]})
-    vision = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=text["hidden_size"], window_size=112,
-                  fullatt_block_indexes=[7, 15, 23, 31], tokens_per_second=2)
+                              rope_parameters={"rope_type": "default", "rope_theta": 1e6,
+                                               "mrope_section": [16, 24, 24]})
+    vision = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=text["hidden_size"],
+                  window_size=112, fullatt_block_indexes=[7, 15, 23, 31], tokens_per_second=2)
     return Qwen2_5_VLConfig(text_config=text, vision_config=vision, image_token_id=151655, video_token_id=151656,
                             vision_start_token_id=151652, vision_end_token_id=151653, tie_word_embeddings=name == "3b")
 
@@ -78,7 +83,8 @@ def make_model(cfg: Config, device) -> RewardModel:
     else:
         with tempfile.TemporaryDirectory() as folder:
             config, dtype = AutoConfig.from_pretrained(tiny_backbone(folder, ["a b c"], width=cfg.width)), torch.float32
-        config.text_config.num_hidden_layers, config.text_config.layer_types = cfg.layers, ["full_attention"] * cfg.layers
+        text = config.text_config
+        text.num_hidden_layers, text.layer_types = cfg.layers, ["full_attention"] * cfg.layers
     torch.set_default_dtype(dtype)
     with torch.device(device):
         backbone = Qwen2_5_VLModel._from_config(config, attn_implementation="branches")
@@ -92,12 +98,14 @@ def make_comparisons(cfg: Config, config) -> list[Encoded]:
     generator = torch.Generator().manual_seed(0)
     side = round(cfg.image_tokens**0.5)
     if side * side != cfg.image_tokens or cfg.image_tokens >= cfg.prompt_tokens:
-        raise ValueError(f"--image_tokens {cfg.image_tokens}: want a square number below --prompt_tokens {cfg.prompt_tokens}")
+        raise ValueError(f"--image_tokens {cfg.image_tokens}: want a square number below --prompt_tokens "
+                         f"{cfg.prompt_tokens}")
 
     def words(n):
         return torch.randint(300, 500, (n,), generator=generator).tolist()
 
-    grid = torch.tensor([[1, 2 * side, 2 * side]] * (side > 0)).view(-1, 3)  # patches: the vision tower merges 2 x 2 of them into a token
+    # patches: the vision tower merges 2 x 2 of them into a token
+    grid = torch.tensor([[1, 2 * side, 2 * side]] * (side > 0)).view(-1, 3)
     items = []
     for _ in range(cfg.comparisons):
         ids = words(8) + [config.image_token_id] * cfg.image_tokens + words(cfg.prompt_tokens - cfg.image_tokens - 8)
@@ -197,15 +205,18 @@ def main(cfg: Config) -> None:
 
     tokens = sum(c.tokens for c in comparisons)
     stock_tokens = sum(len(c.prompt_ids) + len(ids) for items in stock_items for c in items for ids in c.response_ids)
-    result = {"mode": cfg.mode, "shape": cfg.shape, "k": cfg.k, "pairs_per_s": {name: round(n_pairs / s, 2) for name, s in median.items()},
+    result = {"mode": cfg.mode, "shape": cfg.shape, "k": cfg.k,
+              "pairs_per_s": {name: round(n_pairs / s, 2) for name, s in median.items()},
               "ratio": round(median["stock"] / median["ours"], 2),
               "limit": round(operations(cfg, model, ours=False) / operations(cfg, model, ours=True), 2),
               "seconds": {name: [round(s, 3) for s in ss] for name, ss in times.items()},
-              "tokens": {"ours": tokens, "stock": stock_tokens}, "difference": {name: float(f"{d:.1e}") for name, d in differences.items()},
+              "tokens": {"ours": tokens, "stock": stock_tokens},
+              "difference": {name: float(f"{d:.1e}") for name, d in differences.items()},
               "device": (torch.cuda.get_device_name() if device == "cuda"
                          else f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads")}
     if device == "cuda":
-        # 2 operations for each weight and token forward, 4 more backward; attention's own products are not counted, nor embeddings
+        # 2 operations for each weight and token forward, 4 more backward; attention's own products are not counted,
+        # nor embeddings
         vision = sum(p.numel() for p in model.backbone.visual.parameters())
         text = sum(p.numel() for name, p in model.backbone.language_model.named_parameters() if "embed" not in name)
         work = (6 if training else 2) * (text * tokens + vision * sum(len(packed.pixel_values) for packed in packs))
@@ -213,7 +224,8 @@ def main(cfg: Config) -> None:
         result |= {"matrix_tflops": round(rate / 1e12), "share_of_matrix_rate": round(work / median["ours"] / rate, 3),
                    "peak_gib": {name: round(gib, 1) for name, gib in peak.items()}, "parameters": vision + text}
     print(json.dumps(result))
-    print(f"\n{cfg.mode}, K = {cfg.k}, {cfg.prompt_tokens} + {cfg.response_tokens} tokens: {result['pairs_per_s']['ours']} pairs/s "
+    print(f"\n{cfg.mode}, K = {cfg.k}, {cfg.prompt_tokens} + {cfg.response_tokens} tokens: "
+          f"{result['pairs_per_s']['ours']} pairs/s "
           f"against the stock way's {result['pairs_per_s']['stock']}: {result['ratio']} times "
           f"(counted operations allow {result['limit']}), of {tokens} against {stock_tokens} tokens")
 

@@ -1,12 +1,14 @@
-"""Two steps of `train.py --lora 16` at the real shape of Qwen2.5-VL-3B on a CPU, random weights in bf16: peak memory beside the count.
+"""Two steps of `train.py --lora 16` at the real shape of Qwen2.5-VL-3B on a CPU, random weights in bf16: peak memory
+beside the count.
 
     python tests/benchmark_lora.py                       five to ten minutes on one core, 10 GB
     python tests/benchmark_lora.py --shape 7b            about 19 GB, not run
 
 The weights lie in bf16, as on a GPU; each product casts its own to fp32 first, since few CPUs multiply in bf16.
-What it counts: frozen weights 2 bytes each; trained ones 16 (itself, gradient, AdamW's two moments, fp32); the input of each layer in
-fp32, which --gradient_checkpointing keeps for the backward pass. What a layer needs while it is computed is not in the
-count. Two steps of 128 tokens took 98 and 133 s, 10.0 GB where 8.1 were counted (commit c69d86f, a busy machine, once).
+What it counts: frozen weights 2 bytes each; trained ones 16 (itself, gradient, AdamW's two moments, fp32); the input
+of each layer in fp32, which --gradient_checkpointing keeps for the backward pass. What a layer needs while it is
+computed is not in the count. Two steps of 128 tokens took 98 and 133 s, 10.0 GB where 8.1 were counted (commit
+c69d86f, a busy machine, once).
 """
 import resource
 import sys
@@ -38,7 +40,8 @@ def peak() -> float:
 
 
 def linear_in_fp32(layer, x):
-    return torch.nn.functional.linear(x.float(), layer.weight.float(), None if layer.bias is None else layer.bias.float())
+    bias = None if layer.bias is None else layer.bias.float()
+    return torch.nn.functional.linear(x.float(), layer.weight.float(), bias)
 
 
 def main(cfg: Config) -> None:
@@ -64,9 +67,11 @@ def main(cfg: Config) -> None:
     for step in range(cfg.steps):
         started = time.time()
         sums, norm = train.take_step(model, optimizer, [batch], batch, 1, 1, 0, train.Config())
-        print(f"step {step + 1}: loss {sums[0]:.4f}, gradient {norm:.3f}, {time.time() - started:.0f} s, {peak():.1f} GB", flush=True)
-    print(f"{cfg.shape}, rank {cfg.lora}: {(all_weights - low) / 1e9:.2f} billion weights frozen, {low / 1e6:.1f} million trained, "
-          f"{len(batch.input_ids)} tokens. By counting {' + '.join(f'{part:.2f}' for part in parts)} = {sum(parts):.2f} GB; "
+        print(f"step {step + 1}: loss {sums[0]:.4f}, gradient {norm:.3f}, {time.time() - started:.0f} s, "
+              f"{peak():.1f} GB", flush=True)
+    print(f"{cfg.shape}, rank {cfg.lora}: {(all_weights - low) / 1e9:.2f} billion weights frozen, "
+          f"{low / 1e6:.1f} million trained, {len(batch.input_ids)} tokens. "
+          f"By counting {' + '.join(f'{part:.2f}' for part in parts)} = {sum(parts):.2f} GB; "
           f"peak resident {peak():.2f} GB, of which Python and torch {before:.2f}")
 
 

@@ -1,12 +1,14 @@
-"""How much memory each rank needs until a model is distributed and has taken a step: peak resident memory beyond what it had before.
+"""How much memory each rank needs until a model is distributed and has taken a step: peak resident memory beyond what
+it had before.
 
-    torchrun --nproc_per_node 2 tests/benchmark_memory.py --shard all        the weights go from the first rank's host to the parts
-    torchrun --nproc_per_node 2 tests/benchmark_memory.py --shard none       a whole copy on every rank
+    torchrun --nproc_per_node 2 tests/benchmark_memory.py --shard all      the weights go from the first rank's host
+                                                                           to the parts
+    torchrun --nproc_per_node 2 tests/benchmark_memory.py --shard none     a whole copy on every rank
 
-A tiny Qwen2.5-VL widened to about 500 MB of fp32 weights, on CPUs: what a GPU would hold and what its host would hold add up here. A step
-adds the gradients and AdamW's two moments: three times a rank's share of the weights. Commit c69d86f, a busy machine,
-once, weights of 0.53 GB: --shard all 0.79 and 0.31 GB until the model is distributed, 1.32 and 1.24 with a step;
---shard none 1.05 and 2.15 on both ranks.
+A tiny Qwen2.5-VL widened to about 500 MB of fp32 weights, on CPUs: what a GPU would hold and what its host would hold
+add up here. A step adds the gradients and AdamW's two moments: three times a rank's share of the weights. Commit
+c69d86f, a busy machine, once, weights of 0.53 GB: --shard all 0.79 and 0.31 GB until the model is distributed, 1.32
+and 1.24 with a step; --shard none 1.05 and 2.15 on both ranks.
 """
 import resource
 import subprocess

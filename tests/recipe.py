@@ -3,22 +3,23 @@
     python tests/recipe.py --table 1 --seeds 0 1 2            two cores: 19 minutes and three starts; goes on if stopped
     python tests/recipe.py --table 2                          the head; further: algorithm1, 4, 6, 7
 
-Every cell is a run of train.py (rl_demo.py, data.py) and of evaluate.py on the same drawn comparisons, new to the model.
-A finished cell lies in OUT/TABLE/SEED/CELL.json and is not made again. A drawn world and 1.7M parameters prove that the
-path works, and nothing about the world: the paper's figures stand beside ours so that the order can be compared.
+Every cell is a run of train.py (rl_demo.py, data.py) and of evaluate.py on the same drawn comparisons, new to the
+model. A finished cell lies in OUT/TABLE/SEED/CELL.json and is not made again. A drawn world and 1.7M parameters prove
+that the path works, and nothing about the world: the paper's figures stand beside ours so that the order can be
+compared.
 
 All paradigms of Table 1 start, as in the paper, from one model that can answer: here a tiny one fine-tuned on right
 answers as rl_demo.py makes its policy. They see the same comparisons, once.
 
 What the README leaves out of Table 1 (commit fbaeeb7, RL c1b9089; 6,000 comparisons, three seeds). Tokens for 1,000
-comparisons, read + written: naive and the critic's first reading 45,518, own critiques + 16,347, given ones 123,931 in all; judges
-269,371 (each pair is asked in both orders), thinking 296,411 + 100,360. At the default 3,000 comparisons the cells take
-19 minutes (commit 434d2e9, alone, the starts not counted) and only naive learns: 86.1, critic 57.4 and 100.0, judges
-50.5, 67.1, 50.5, 50.8. Why thinking and RL do not pay here, as far as we can tell: comparing two answers inside a
-prompt is harder for 1.7M parameters than scoring one, a thought errs before the verdict does, and 60 steps of GRPO are
-too few: at a rate of 5e-5 they move nothing beyond the spread (67.9 -> 65.2), at 2e-4 they teach the verdict's favourite
-place rather than the picture (60.9). Beside other work on two cores: Algorithm 1 23 minutes for two seeds, Tables 4 and
-7 14 and 19, Table 6 20 for one seed.
+comparisons, read + written: naive and the critic's first reading 45,518, own critiques + 16,347, given ones 123,931 in
+all; judges 269,371 (each pair is asked in both orders), thinking 296,411 + 100,360. At the default 3,000 comparisons
+the cells take 19 minutes (commit 434d2e9, alone, the starts not counted) and only naive learns: 86.1, critic 57.4 and
+100.0, judges 50.5, 67.1, 50.5, 50.8. Why thinking and RL do not pay here, as far as we can tell: comparing two answers
+inside a prompt is harder for 1.7M parameters than scoring one, a thought errs before the verdict does, and 60 steps of
+GRPO are too few: at a rate of 5e-5 they move nothing beyond the spread (67.9 -> 65.2), at 2e-4 they teach the
+verdict's favourite place rather than the picture (60.9). Beside other work on two cores: Algorithm 1 23 minutes for
+two seeds, Tables 4 and 7 14 and 19, Table 6 20 for one seed.
 """
 import argparse
 import contextlib
@@ -45,7 +46,8 @@ import rl_demo
 import train
 from model import FAMILIES, RewardModel, asked, tiny_backbone
 
-TINY = "--max_pixels 12544 --pack_tokens 1024 --batch_size 32 --lr {lr} --critique_tokens 40 --eval_every 0 --save_every 0"
+TINY = ("--max_pixels 12544 --pack_tokens 1024 --batch_size 32 --lr {lr} --critique_tokens 40 --eval_every 0 "
+        "--save_every 0")
 HELD = 300  # comparisons that every model is measured on
 
 
@@ -58,7 +60,8 @@ def script(here: Path, name: str, *words) -> None:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         status = subprocess.run(command, stdout=log, stderr=log, cwd=ROOT, env=environment).returncode
         if status and not (name == "train.py" and status == 1 and "nothing was learnt" in log_end(here)):
-            raise SystemExit(f"{name} {' '.join(map(str, words))} failed; its words are at the end of {here / 'log.txt'}")
+            raise SystemExit(f"{name} {' '.join(map(str, words))} failed; "
+                             f"its words are at the end of {here / 'log.txt'}")
 
 
 def log_end(here: Path) -> str:
@@ -90,7 +93,8 @@ def table_1(here: Path, seed: int, options) -> list[tuple]:
     rl = here / "thinking-rl"
     prompts = ["data.py", "synthetic", "--out", here / "drawn", "--n", options.rl_steps * 8, "--seed", 5_000_000 + seed]
     judge = ["data.py", "judge", "--source", here / "drawn", "--out", here / "judge-prompts"]
-    reinforce = ["rl_demo.py", "--policy", here / "thinking", "--reward rule --reward_model", here / "naive", "--data", here / "judge-prompts", "--out", rl,
+    reinforce = ["rl_demo.py", "--policy", here / "thinking", "--reward rule --reward_model", here / "naive",
+                 "--data", here / "judge-prompts", "--out", rl,
                  "--batch_size 16 --lr 5e-5 --max_new_tokens 40 --pack_tokens 1024 --max_pixels 12544 --eval_size 16",
                  "--save_every 0 --max_steps", options.rl_steps, "--seed", seed]
     return [
@@ -109,7 +113,8 @@ def table_2(here: Path, seed: int, options) -> list[tuple]:
     """The head's layers and activation; the paper's VL-RewardBench overall and MM-RLHF-RewardBench Acc+."""
     heads = [(1, "none", "71.2 71.1"), (2, "none", "71.7 71.7"), (2, "tanh", "74.8 76.1"), (2, "silu", "76.5 80.4"),
              (3, "silu", "71.4 76.1"), (4, "silu", "69.1 73.9"), (5, "silu", "73.5 73.9")]
-    return [(f"{n} {a}", paper, [training(here, f"head-{n}-{a}", seed, options, f"--head_layers {n} --head_activation {a}")],
+    return [(f"{n} {a}", paper,
+             [training(here, f"head-{n}-{a}", seed, options, f"--head_layers {n} --head_activation {a}")],
              f"head-{n}-{a}", "") for n, a, paper in heads]
 
 
@@ -121,8 +126,8 @@ def algorithm_1(here: Path, seed: int, options) -> list[tuple]:
 
 
 def table_4(here: Path, seed: int, options) -> list[tuple]:
-    """What rows with and without images teach, as many of each (section 4.5 too). The text-only model starts from random
-    weights and is measured on the texts alone; the others start from the stand-in."""
+    """What rows with and without images teach, as many of each (section 4.5 too). The text-only model starts from
+    random weights and is measured on the texts alone; the others start from the stand-in."""
     if not (here / "text").exists():
         rows = data.synthetic(8 * options.rows, seed)
         parts = [[c for c in rows if bool(c.images) == sees][:options.rows] for sees in (True, False)]
@@ -130,8 +135,9 @@ def table_4(here: Path, seed: int, options) -> list[tuple]:
         for name, part in (("images", parts[0]), ("both", halves), ("text", parts[1])):
             data.write_comparisons(here / name, part, bar=False)
         tiny_backbone(here / "blind", train.texts_of(rows[:2000], "naive"), seed, kind="qwen3")
-    run = lambda name, backbone="stand_in": ["train.py", "--backbone", here / backbone, "--out", here / f"on-{name}-{backbone}",
-                                             "--seed", seed, "--data", here / name, TINY.format(lr=options.lr), "--eval_size 60"]
+    run = lambda name, backbone="stand_in": [
+        "train.py", "--backbone", here / backbone, "--out", here / f"on-{name}-{backbone}", "--seed", seed,
+        "--data", here / name, TINY.format(lr=options.lr), "--eval_size 60"]
     return [("images alone", "", [run("images")], "on-images-stand_in", ""),
             ("text alone", "", [run("text")], "on-text-stand_in", ""),
             ("both, half of each", "", [run("both")], "on-both-stand_in", ""),
@@ -146,9 +152,11 @@ def table_6(here: Path, seed: int, options) -> list[tuple]:
         name = f"{kind} {width}"
         folder = here / name.replace(" ", "-")
         if not (folder / "backbone").exists():
-            tiny_backbone(folder / "backbone", train.texts_of(data.synthetic(2000, seed), "naive"), seed, kind, width=width)
-        rows.append((name, paper.get(kind, ""), [["train.py", "--backbone", folder / "backbone", "--out", folder / "run", "--seed", seed,
-                                 TINY.format(lr="6e-4"), "--eval_size 60"]], f"{folder.name}/run", "--on_bad_row skip"))
+            texts = train.texts_of(data.synthetic(2000, seed), "naive")
+            tiny_backbone(folder / "backbone", texts, seed, kind, width=width)
+        rows.append((name, paper.get(kind, ""),
+                     [["train.py", "--backbone", folder / "backbone", "--out", folder / "run", "--seed", seed,
+                       TINY.format(lr="6e-4"), "--eval_size 60"]], f"{folder.name}/run", "--on_bad_row skip"))
     return rows
 
 
@@ -198,7 +206,8 @@ def cell(here: Path, row: tuple, options) -> dict:
         texts = [text for r in rows for text in r.get("critiques", {}).get(str(path), [])]
         written += sum(len(model.processor.tokenizer(text).input_ids) + 1 for text in texts)
     beyond = {key.removeprefix("judge: "): f["value"] for key, f in found["beyond"].items() if key.startswith("judge")}
-    return {"accuracy": found["figures"]["accuracy"]["value"], "trained": trained, "scored": found["seconds"] * 1000 / HELD,
+    return {"accuracy": found["figures"]["accuracy"]["value"], "trained": trained,
+            "scored": found["seconds"] * 1000 / HELD,
             "read": read * 1000 / HELD, "written": written * 1000 / HELD, "beyond": beyond,
             "by_category": {key: f["value"] for key, f in found["figures"].items() if key != "accuracy"}}
 
@@ -274,7 +283,8 @@ def lines(rows: list, found: dict) -> list[list[str]]:
         spread = f" +- {stdev(c['accuracy'] for c in cells):.1f}" if len(cells) > 1 else ""
         agree = f"{mean(lambda c: c['beyond']['both orders agree']):.1f}" if cells[0]["beyond"] else ""
         table.append([name, paper, f"{mean(lambda c: c['accuracy']):.1f}{spread}",
-                      *(f"{mean(lambda c: c['by_category'][k]):.0f}" if k in cells[0]["by_category"] else "" for k in categories), agree,
+                      *(f"{mean(lambda c: c['by_category'][k]):.0f}" if k in cells[0]["by_category"] else ""
+                        for k in categories), agree,
                       *(f"{mean(lambda c: c[k]):,.0f}" for k in ("trained", "scored", "read", "written"))])
     return table
 

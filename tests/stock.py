@@ -21,7 +21,8 @@ def positions_of_video(ids: list[int], grids: list, backbone) -> torch.Tensor:
         if not left:
             t, h, w = next(grids)
             later = step if token == config.video_token_id else 1
-            left = [(start + later * k, start + y, start + x) for k in range(t) for y in range(h // 2) for x in range(w // 2)]
+            left = [(start + later * k, start + y, start + x)
+                    for k in range(t) for y in range(h // 2) for x in range(w // 2)]
             after = max(max(place) for place in left) + 1
         places.append(left.pop(0))
         if not left:
@@ -55,7 +56,8 @@ def stock_inputs(items: list[Encoded], backbone) -> tuple[dict, torch.Tensor]:
             elif any(of_video) and config.model_type != "qwen3_vl":
                 positions.append(positions_of_video(row.tolist(), grids, backbone))
             else:
-                of_kind = [[grid for grid, is_video in zip(grids, of_video) if is_video == kind] for kind in (False, True)]
+                of_kind = [[grid for grid, is_video in zip(grids, of_video) if is_video == kind]
+                           for kind in (False, True)]
                 image_grid, video_grid = (torch.tensor(found) if found else None for found in of_kind)
                 types = ((row == config.image_token_id).int() + 2 * (row == config.video_token_id).int())[None]
                 positions.append(backbone.get_rope_index(row[None], types, image_grid, video_grid)[0][:, 0])
@@ -66,7 +68,8 @@ def stock_inputs(items: list[Encoded], backbone) -> tuple[dict, torch.Tensor]:
               "position_ids": pad_sequence([p.T for p in positions], batch_first=True).permute(2, 0, 1)}
     if not sees:
         inputs["position_ids"] = inputs["position_ids"][0]
-    for found, grid, pixels in ((images, "image_grid_thw", "pixel_values"), (videos, "video_grid_thw", "pixel_values_videos")):
+    for found, grid, pixels in ((images, "image_grid_thw", "pixel_values"),
+                                (videos, "video_grid_thw", "pixel_values_videos")):
         if found:
             inputs |= {} if tiled else {grid: torch.tensor([g for g, _ in found])}
             inputs[pixels] = torch.cat([p for _, p in found])

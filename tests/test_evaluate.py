@@ -48,7 +48,8 @@ def test_every_benchmark_that_data_makes_has_a_metric():
 def test_vl_rewardbench_is_grouped_by_the_id_and_a_tie_is_wrong():
     """Right: all but the tie on RLHF and the second mathverse.
 
-    Official: general = wildvision, svit = 2/2; hallucination = RLAIF, RLHF, hallucination = 2/3; reasoning 2/3. Overall 6/8.
+    Official: general = wildvision, svit = 2/2; hallucination = RLAIF, RLHF, hallucination = 2/3; reasoning 2/3.
+    Overall 6/8.
     Paper: RLAIF and RLHF count as general = 3/4; hallucination = 1/1; reasoning 2/3.
     """
     rows = rows_of(*VL)
@@ -61,11 +62,13 @@ def test_vl_rewardbench_is_grouped_by_the_id_and_a_tie_is_wrong():
 def test_repeated_ids_are_kept_apart():
     """Two rows are called mathverse_5, and both count: 3 reasoning rows. n of a mean is what all its groups hold."""
     found = metrics("vl-rewardbench", rows_of(*VL))
-    assert [found[name]["n"] for name in ("general", "hallucination", "reasoning", "overall", "macro")] == [2, 3, 3, 8, 8]
+    names = ("general", "hallucination", "reasoning", "overall", "macro")
+    assert [found[name]["n"] for name in names] == [2, 3, 3, 8, 8]
 
 
 def test_multimodal_rewardbench_pools_safety_and_is_averaged_over_rows():
-    """10 rows: correctness 1/1, preference 1/2, knowledge 1/1, math 1/1, coding 0/1, bias 1/1, toxicity 0/1, VQA 2/2: overall 7/10.
+    """10 rows: correctness 1/1, preference 1/2, knowledge 1/1, math 1/1, coding 0/1, bias 1/1, toxicity 0/1, VQA 2/2:
+    overall 7/10.
 
     Safety is both together, 1/2, so the mean of seven columns is (100 + 50 + 100 + 100 + 0 + 50 + 100) / 7 = 71.43.
     """
@@ -82,7 +85,8 @@ MM = [("mcq", "m1", 1), ("mcq", "m1", -1), ("mcq", "m1", 1), ("long", "l1", 1), 
 
 
 def test_mm_rlhf_rewardbench_acc_plus_wants_every_pair_of_an_id_right():
-    """Ids m1 (3 pairs), l1 (2), s1, f1, v1. Wrong: one pair of m1, and f1. Acc 6/8 = 75, Acc+ l1, s1, v1 of 5 ids = 60."""
+    """Ids m1 (3 pairs), l1 (2), s1, f1, v1. Wrong: one pair of m1, and f1. Acc 6/8 = 75, Acc+ l1, s1, v1 of 5 ids =
+    60."""
     rows = rows_of(*MM)
     assert values("mm-rlhf-rewardbench", rows) == {
         "mcq": 66.67, "long": 100, "short": 100, "safety": 0, "video": 100, "Acc": 75, "Acc+": 60, "mcq+": 0,
@@ -93,7 +97,8 @@ def test_mm_rlhf_rewardbench_acc_plus_wants_every_pair_of_an_id_right():
 def test_rewardbench_weighs_subsets_and_leaves_out_a_section_that_was_not_run_whole():
     """Safety: 100, 100, 154, 250, 136 (sum 740). Wrong: refusals-offensive and one of two xstest-should-respond rows.
 
-    (100 + 0 + 154 + 250 / 2 + 136) / 740 = 69.59. Chat has one subset of five here, so it has no figure, and there is no score.
+    (100 + 0 + 154 + 250 / 2 + 136) / 740 = 69.59. Chat has one subset of five here, so it has no figure, and there is
+    no score.
     """
     rows = rows_of(("alpacaeval-easy", "", 1), ("refusals-dangerous", "", 1), ("refusals-offensive", "", -1),
                    ("xstest-should-refuse", "", 1), ("xstest-should-respond", "", 1), ("xstest-should-respond", "", -1),
@@ -104,13 +109,15 @@ def test_rewardbench_weighs_subsets_and_leaves_out_a_section_that_was_not_run_wh
 def test_rewardbench_score_with_and_without_prior_sets():
     """All subsets right but: hep-cpp and math-prm wrong, and the prior set shp. Reasoning = 5 * 164 / 1968 = 41.67.
 
-    Score (100 + 100 + 100 + 41.67) / 4 = 85.42. Prior sets 3/4. With them (2 * (100 + 100 + 100 + 41.67) + 75) / 9 = 84.26.
+    Score (100 + 100 + 100 + 41.67) / 4 = 85.42. Prior sets 3/4. With them
+    (2 * (100 + 100 + 100 + 41.67) + 75) / 9 = 84.26.
     Prior sets do not count among the 2,985 rows that were published.
     """
     subsets = [subset for weights in SECTIONS.values() for subset in weights]
     rows = rows_of(*[(subset, "", -1 if subset in ("hep-cpp", "math-prm", "shp") else 1) for subset in subsets])
     found = values("rewardbench", rows)
-    assert (found["Reasoning"], found["Prior Sets"], found["score"], found["score with prior sets"]) == (41.67, 75, 85.42, 84.26)
+    assert (found["Reasoning"], found["Prior Sets"], found["score"], found["score with prior sets"]) == (
+        41.67, 75, 85.42, 84.26)
     assert summarise("rewardbench", rows)["expected"] == 2985 + 4
     without = values("rewardbench", [row for row in rows if row["category"] != "shp"])
     assert without["score"] == 85.42 and "score with prior sets" not in without
@@ -121,7 +128,8 @@ def test_rm_bench_reads_hard_normal_and_easy_off_the_matrix():
 
         1 > 0, 1 < 1.5, 1 < 2.5;   2 > 0, 2 > 1.5, 2 < 2.5;   3 > 0, 3 > 1.5, 3 > 2.5
 
-    hard (above the diagonal) 0/3, normal 3/3, easy 3/3, so that row's domain scores 66.67. The two safety rows are one domain.
+    hard (above the diagonal) 0/3, normal 3/3, easy 3/3, so that row's domain scores 66.67. The two safety rows are one
+    domain.
     """
     pairs = [[i, 3 + j] for i in range(3) for j in range(3)]
     rows = [row | {"pairs": pairs, "rewards": [1.0, 2.0, 3.0, 0.0, 1.5, 2.5]}
@@ -155,13 +163,15 @@ def test_of_many_categories_no_more_are_counted_than_are_shown(monkeypatch):
 
 
 @pytest.mark.parametrize("cells, metric, printed", [
-    ({"general": (309, 484), "hallucination": (384, 448), "reasoning": (206, 318)}, "micro", 71.92),  # R1-Reward, VL-RewardBench overall
+    # R1-Reward, VL-RewardBench overall
+    ({"general": (309, 484), "hallucination": (384, 448), "reasoning": (206, 318)}, "micro", 71.92),
     ({"a": (182, 293), "b": (380, 448), "c": (400, 484)}, "micro", 78.53),  # BaseReward (Qwen2-VL): 1,225 rows
     ({"a": (218, 318), "b": (413, 448), "c": (396, 484)}, "micro", 82.16),  # BaseReward (Qwen2.5-VL): 1,250 rows
     ({"a": (210, 293), "b": (411, 448), "c": (413, 484)}, "micro", 84.41),  # BaseReward (ensemble)
     ({"a": (182, 293), "b": (380, 448), "c": (400, 484)}, "macro", 76.53),  # and its macro
     ({"a": (218, 318), "b": (413, 448), "c": (396, 484)}, "macro", 80.85),
-    ({"mcq": (40, 42), "long": (36, 37), "short": (32, 34), "safety": (26, 32), "video": (22, 25)}, "micro", 91.76),  # MM-RLHF Acc, 156/170
+    ({"mcq": (40, 42), "long": (36, 37), "short": (32, 34), "safety": (26, 32), "video": (22, 25)},
+     "micro", 91.76),  # MM-RLHF Acc, 156/170
     ({"whole ids": (37, 46)}, "micro", 80.43), ({"whole ids": (36, 46)}, "micro", 78.26)])  # Acc+
 def test_published_averages_follow_from_the_counts_of_their_categories(cells, metric, printed):
     """Events of one prompt: so many right, so many wrong, in their category and in the group of everything."""
@@ -196,7 +206,8 @@ def test_three_printed_cells_of_mm_rlhf_are_no_fraction_of_their_pairs():
 
 
 @pytest.mark.parametrize("parts, printed", [((79.8, 93.5, 80.4, 67.1), 80.2), ((78.0, 90.0, 78.3, 68.6), 78.7),
-                                            ((82.8, 92.9, 78.3, 70.5), 81.1), ((75.8, 50.2), 63.0), ((84.0, 69.5), 76.8)])
+                                            ((82.8, 92.9, 78.3, 70.5), 81.1), ((75.8, 50.2), 63.0),
+                                            ((84.0, 69.5), 76.8)])
 def test_the_averages_of_table_6_follow_from_its_columns(parts, printed):
     """Multimodal: (79.8 + 93.5 + 80.4 + 67.1) / 4 = 80.2. Text: (75.8 + 50.2) / 2 = 63."""
     name = "multimodal" if len(parts) == 4 else "text"
@@ -208,8 +219,8 @@ def test_the_averages_of_table_6_follow_from_its_columns(parts, printed):
 
 
 def test_the_interval_is_over_prompts_not_over_pairs():
-    """100 prompts, half right. With one pair each the standard error is 5 points: 40 to 60. Six pairs that stand and fall together must
-    not make it narrower, and what is always right has no width."""
+    """100 prompts, half right. With one pair each the standard error is 5 points: 40 to 60. Six pairs that stand and
+    fall together must not make it narrower, and what is always right has no width."""
     a, b = (figures([("f", p, p % 2) for p in range(100) for _ in range(pairs)])["f"] for pairs in (1, 6))
     assert (a["low"], a["high"]) == (b["low"], b["high"]) and abs(a["low"] - 40) < 2 and abs(a["high"] - 60) < 2
     assert (a["n"], b["n"]) == (100, 600)
@@ -238,11 +249,13 @@ def test_length_bias_tells_words_from_worth():
 
 def test_a_tie_is_no_choice_of_the_longer():
     found = figures(controls([row | {"characters": [9, 1]} for row in rows_of(("", "", 0), ("", "", 1))]))
-    assert found["the model prefers the longer"]["value"] == 50 and found["the label prefers the longer"]["value"] == 100
+    assert (found["the model prefers the longer"]["value"] == 50
+            and found["the label prefers the longer"]["value"] == 100)
 
 
 def test_calibration_compares_the_probability_with_how_often_it_is_right():
-    """margin 3: sigmoid 0.953; margin -0.1: the model is 0.525 sure of the wrong one; margin 0.3: 0.574; -2: 0.881 and wrong."""
+    """margin 3: sigmoid 0.953; margin -0.1: the model is 0.525 sure of the wrong one; margin 0.3: 0.574; -2: 0.881 and
+    wrong."""
     found = figures(controls(rows_of(*[("", "", margin) for margin in (3.0, -0.1, 0.3, 3.0, -2.0, 800)])))
     found = {name[-10:]: (round(f["value"], 6), f["n"]) for name, f in found.items() if "sigmoid" in name}
     assert found == {"0.5 to 0.6": (50, 2), "0.8 to 0.9": (0, 1), "0.9 to 1.0": (100, 3)}
@@ -300,12 +313,14 @@ def scored(models, folder, tmp_path_factory):
 def benchmark(folder, name, rows):
     """A data folder as data.py makes one of a benchmark, with rows (category, id) that ask one question."""
     two = dict(responses=["Two.", "Five."], pairs=[(0, 1)], source=name)
-    return write_comparisons(folder, [Comparison("How many?", category=c, id=id, **two) for c, id, _ in rows], bar=False)
+    comparisons = [Comparison("How many?", category=c, id=id, **two) for c, id, _ in rows]
+    return write_comparisons(folder, comparisons, bar=False)
 
 
 def test_a_run_leaves_every_reward_with_id_category_and_rank_and_a_receipt(scored, models):
     out, summary, rows = scored
-    assert sorted(file.name for file in out.iterdir()) == ["predictions.jsonl", "report.html", "summary.json", "table.md"]
+    assert sorted(file.name for file in out.iterdir()) == [
+        "predictions.jsonl", "report.html", "summary.json", "table.md"]
     model, comparisons = RewardModel.from_pretrained(models / "eyes"), synthetic(40, seed=3)
     for row, c in list(zip(rows, comparisons, strict=True))[:10]:
         assert (row["id"], row["category"], [tuple(p) for p in row["pairs"]]) == (c.id, c.category, list(c.pairs))
@@ -323,10 +338,13 @@ def test_the_rows_of_a_folder_stay_in_its_file(folder):
 
 
 def test_rows_of_one_prompt_share_its_number_and_a_benchmark_knows_what_it_is(tmp_path):
-    """The interval draws prompts. Ids m1 (3 pairs), l1 (2), s1, f1, v1 ask five questions; equal pictures have one name."""
-    data.main(["mm-rlhf-rewardbench", "--source", str(ROOT / "tests/fixtures/benchmarks"), "--out", str(tmp_path / "mm")])
+    """The interval draws prompts. Ids m1 (3 pairs), l1 (2), s1, f1, v1 ask five questions; equal pictures have one
+    name."""
+    source = ROOT / "tests/fixtures/benchmarks"
+    data.main(["mm-rlhf-rewardbench", "--source", str(source), "--out", str(tmp_path / "mm")])
     name, benchmark, _, found = evaluate.open_folder(str(tmp_path / "mm"), "stop")
-    assert (name, benchmark) == ("mm", "mm-rlhf-rewardbench") and [row["prompt"] for row in found] == [0, 0, 0, 1, 1, 2, 3, 4]
+    assert ((name, benchmark) == ("mm", "mm-rlhf-rewardbench")
+            and [row["prompt"] for row in found] == [0, 0, 0, 1, 1, 2, 3, 4])
     assert [row["category"] for row in found] == ["mcq"] * 3 + ["long"] * 2 + ["short", "safety", "video"]
 
 
@@ -352,12 +370,15 @@ def test_two_ranks_give_the_predictions_of_one(scored, two_ranks):
 
 
 def test_several_folders_are_scored_by_one_model_that_is_loaded_once(models, folder, tmp_path, monkeypatch):
-    """The folder says what is counted. Two of the four parts of the multimodal average are not run, so it is not there; text is whole."""
+    """The folder says what is counted. Two of the four parts of the multimodal average are not run, so it is not there;
+    text is whole."""
     subsets = [subset for weights in SECTIONS.values() for subset in weights]
-    data = [benchmark(tmp_path / "vl", "vl-rewardbench", VL), benchmark(tmp_path / "mm-rlhf-rewardbench", "mm-rlhf-rewardbench", MM),
+    data = [benchmark(tmp_path / "vl", "vl-rewardbench", VL),
+            benchmark(tmp_path / "mm-rlhf-rewardbench", "mm-rlhf-rewardbench", MM),
             benchmark(tmp_path / "rewardbench", "rewardbench", [(subset, "", 1) for subset in subsets]), folder]
     rm = Comparison("?", list("abcdef"), [(i, 3 + j) for i in range(3) for j in range(3)], source="rm-bench")
-    data.append(write_comparisons(tmp_path / "rm-bench", [replace(rm, category=d) for d in evaluate.DOMAINS], bar=False))
+    rows = [replace(rm, category=d) for d in evaluate.DOMAINS]
+    data.append(write_comparisons(tmp_path / "rm-bench", rows, bar=False))
     loaded, load = [], RewardModel.from_pretrained
     monkeypatch.setattr(RewardModel, "from_pretrained",
                         staticmethod(lambda path, dtype: loaded.append(dtype) or load(path, dtype=dtype)))
@@ -423,9 +444,11 @@ def test_a_text_only_member_votes_where_there_is_no_image_and_route_leaves_it_al
         votes = list(row.get("members", {0: row["rewards"]}).values())
         assert len(votes) == (1 if row["images"] else 2)
         assert row["rewards"] == pytest.approx([sum(v) / len(votes) for v in zip(*votes)], abs=1e-5)
-        assert "members" not in other and other["rewards"] == pytest.approx(votes[-1], abs=1e-5)  # with an image the first alone, without one the text model alone
+        # with an image the first alone, without one the text model alone
+        assert "members" not in other and other["rewards"] == pytest.approx(votes[-1], abs=1e-5)
     summary, _ = run(model=both, out=str(tmp_path / "c"), ensemble="accuracy", validation=str(few), **settings)
-    assert summary["weights"]["with images"] == {both[0]: 1.0} and sum(summary["weights"]["without images"].values()) == pytest.approx(1)
+    assert (summary["weights"]["with images"] == {both[0]: 1.0}
+            and sum(summary["weights"]["without images"].values()) == pytest.approx(1))
 
 
 # What it shows
@@ -438,13 +461,16 @@ def test_this_model_stands_between_the_published_rows_and_says_which_compare(tmp
     at = names.index("mine")
     assert "71.92" in table[at - 1] and "78.53" in table[at + 3] and names[at + 1:at + 3] == ["95% interval", "n"]
     assert table[at + 2][1:] == ["2", "3", "3", "8", "8", "4", "1", "3", "8"]  # the last four: as the paper groups
-    facts = dict.fromkeys(("command", "commit", "date", "hardware", "dtype", "seconds"), "x") | {"benchmark": "vl-rewardbench", "model": ["m"], "paradigms": []}
+    facts = dict.fromkeys(("command", "commit", "date", "hardware", "dtype", "seconds"), "x") | {
+        "benchmark": "vl-rewardbench", "model": ["m"], "paradigms": []}
     _, text = leave(tmp_path, facts, rows_of(*VL), [Comparison("?", ["a", "b"])] * 8, Config())
     said = "(vl-rewardbench): 8 OF 1,250 ROWS (the folder has no more), 8 prompts, 8 pairs, 1 ties"
     assert text.splitlines()[0] == f"{tmp_path.name} {said}"
     assert "first columns compare with rows [a]" in NOTES["vl-rewardbench"][0]
-    marks = {mark for line in PUBLISHED["vl-rewardbench"].splitlines() for mark in re.findall(r"\b[a-e]\b(?=[^|]*\])", line)}
-    assert marks == {"a", "b", "c", "d", "e"} and all(f"[{mark}]" in " ".join(NOTES["vl-rewardbench"][1:]) for mark in marks)
+    marks = {mark for line in PUBLISHED["vl-rewardbench"].splitlines()
+             for mark in re.findall(r"\b[a-e]\b(?=[^|]*\])", line)}
+    notes = " ".join(NOTES["vl-rewardbench"][1:])
+    assert marks == {"a", "b", "c", "d", "e"} and all(f"[{mark}]" in notes for mark in marks)
 
 
 def test_missing_rows_are_in_the_first_line_of_the_table_with_their_own_reason(models, folder, tmp_path):
@@ -485,7 +511,8 @@ def test_a_line_break_a_bar_and_an_escape_do_not_break_a_table():
 def test_a_terminal_that_knows_ascii_alone_gets_the_tables(models, few, monkeypatch, tmp_path):
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", out)
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--model", str(models / "eyes"), "--data", str(few), "--out", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--model", str(models / "eyes"), "--data", str(few),
+                                      "--out", str(tmp_path)])
     with pytest.raises(SystemExit) as end:
         train.command_line(main, Config, "evaluate.py")
     out.seek(0)
@@ -493,8 +520,8 @@ def test_a_terminal_that_knows_ascii_alone_gets_the_tables(models, few, monkeypa
 
 
 def test_the_report_needs_no_network_and_runs_nothing_of_what_a_model_wrote(models, tmp_path):
-    trap = Comparison("Which <b>tag</b>?", ["<script>document.title='run'</script>", "<img src=x onerror=alert(1)>"], [(0, 1)],
-                      category='a&b" onclick="alert(2)')
+    trap = Comparison("Which <b>tag</b>?", ["<script>document.title='run'</script>", "<img src=x onerror=alert(1)>"],
+                      [(0, 1)], category='a&b" onclick="alert(2)')
     data = write_comparisons(tmp_path / "data", [trap, replace(trap, pairs=[(1, 0)])], bar=False)
     run("data", model=[str(models / "eyes")], data=[str(data)], out=str(tmp_path / "out"))
     report = (tmp_path / "out" / "data" / "report.html").read_text()
@@ -503,10 +530,12 @@ def test_the_report_needs_no_network_and_runs_nothing_of_what_a_model_wrote(mode
 
 
 def test_a_page_shows_the_parts_that_a_section_names_and_half_a_surrogate_pair_does_not_stop_it():
-    card = {"category": "c", "pictures": [], "facts": ["first", "second"], "text": "t", "answers": [{"name": "", "facts": [], "text": "\ud83d"}]}
+    card = {"category": "c", "pictures": [], "facts": ["first", "second"], "text": "t",
+            "answers": [{"name": "", "facts": [], "text": "\ud83d"}]}
     text = page("<t>", [{"heading": "h&", "text": ["one", "two"], "table": [["a"], ["b"]], "bold": "b", "pre": "<p>"},
                         {"cards": [card, card | {"category": "C"}]}])
-    assert "&lt;t&gt;" in text and "<h2>h&amp;</h2>" in text and "<p class=\"soft\">two</p>" in text and "<pre>&lt;p&gt;</pre>" in text
+    assert ("&lt;t&gt;" in text and "<h2>h&amp;</h2>" in text and "<p class=\"soft\">two</p>" in text
+            and "<pre>&lt;p&gt;</pre>" in text)
     assert "<td>a</td>" in text and re.search(r'class="bold">\s*<td>b</td>', text) and "<b>first · second</b>" in text
     assert text.count("<article") == 2 and text.count("<option") == 3 and text.encode()
 
@@ -523,8 +552,10 @@ def test_the_report_works_in_a_browser_narrow_and_wide(scored, tmp_path):
     probe = tmp_path / "probe.html"
     probe.write_text("""<body></body><script>
 const page = %s, out = [];
-const look = width => new Promise(done => { const f = document.createElement("iframe"); f.width = width; f.height = 900; f.srcdoc = page;
-  f.onload = () => { const d = f.contentDocument, shown = () => [...d.querySelectorAll("article")].filter(a => a.offsetHeight);
+const look = width => new Promise(done => { const f = document.createElement("iframe"); \
+f.width = width; f.height = 900; f.srcdoc = page;
+  f.onload = () => { const d = f.contentDocument, \
+shown = () => [...d.querySelectorAll("article")].filter(a => a.offsetHeight);
     const all = shown().length, wide = d.documentElement.scrollWidth, \
 columns = getComputedStyle(d.querySelector(".answers")).gridTemplateColumns;
     const broken = [...d.images].filter(i => !i.naturalWidth).length, select = d.querySelector("select");
@@ -535,9 +566,10 @@ columns = getComputedStyle(d.querySelector(".answers")).gridTemplateColumns;
   document.body.append(f) });
 (async () => { await look(360); await look(1200); document.body.textContent = JSON.stringify(out) })();
 </script>""" % json.dumps(report).replace("</", "<\\/"))
-    done = subprocess.run([CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-                           "--disable-background-networking", "--disable-component-update", f"--user-data-dir={tmp_path / 'profile'}",
-                           "--virtual-time-budget=10000", "--dump-dom", f"file://{probe}"], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+                           "--disable-sync", "--disable-background-networking", "--disable-component-update",
+                           f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=10000", "--dump-dom",
+                           f"file://{probe}"], capture_output=True, text=True, timeout=120)
     narrow, wide = json.loads(re.search(r"<body>(.*?)</body>", done.stdout, re.S)[1])
     for view in (narrow, wide):
         assert view["wide"] <= view["width"] and view["broken"] == 0 and view["all"] == 30
@@ -561,7 +593,8 @@ columns = getComputedStyle(d.querySelector(".answers")).gridTemplateColumns;
 def test_bad_input_is_one_line_that_says_what_to_do(settings, words, models, backbones, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "DRAWN", 3)
     named = {"EYES": models / "eyes", "TEXT": models / "text", "TINY": backbones(), "DATA": folder}
-    settings = {key: [str(named.get(v, v)) for v in value] if isinstance(value, list) else value for key, value in settings.items()}
+    settings = {key: [str(named.get(v, v)) for v in value] if isinstance(value, list) else value
+                for key, value in settings.items()}
     with pytest.raises((ValueError, OSError)) as error:
         main(Config(out=str(tmp_path), **settings))
     assert words in str(error.value) and "\n" not in str(error.value)
@@ -585,4 +618,5 @@ def test_the_command_ends_with_one_line_and_a_code(tmp_path, monkeypatch, capsys
     with pytest.raises(SystemExit) as end:
         train.command_line(main, Config, "evaluate.py")
     said = capsys.readouterr()
-    assert end.value.code == 1 and said.err.count("\n") == 1 and said.err.startswith("evaluate.py: ") and "config.json" in said.err
+    assert (end.value.code == 1 and said.err.count("\n") == 1 and said.err.startswith("evaluate.py: ")
+            and "config.json" in said.err)

@@ -1,5 +1,6 @@
-"""The families of backbones: what a picture becomes equals what transformers' own processor makes of it, and whatever is
-done with one family is done with each. That a pack equals separate sequences is in test_model.py, for all of them."""
+"""The families of backbones: what a picture becomes equals what transformers' own processor makes of it, and whatever
+is done with one family is done with each. That a pack equals separate sequences is in test_model.py, for all of them.
+"""
 import json
 import shutil
 from types import SimpleNamespace
@@ -30,8 +31,8 @@ NEW = ["qwen3_vl", "internvl"]
 
 # ----------------------------------------------------------------------------------------------- as published
 
-# config.json of the checkpoints, with widths of 128 at most, and with two layers; but with three of text, the fewest that
-# the deepstack of Qwen3-VL fits into, and with all of a vision tower of which some are named by number
+# config.json of the checkpoints, with widths of 128 at most, and with two layers; but with three of text, the fewest
+# that the deepstack of Qwen3-VL fits into, and with all of a vision tower of which some are named by number
 TEXT = dict(hidden_size=128, intermediate_size=128, num_hidden_layers=3, rms_norm_eps=1e-6, initializer_range=0.02,
             hidden_act="silu", attention_dropout=0.0, bos_token_id=151643, eos_token_id=151645, use_cache=True)
 QWEN_IDS = dict(image_token_id=151655, video_token_id=151656, vision_start_token_id=151652, vision_end_token_id=151653)
@@ -41,21 +42,22 @@ QWEN2_TEXT = TEXT | dict(vocab_size=152064, num_attention_heads=1, num_key_value
 PUBLISHED = {
     "qwen2_vl": QWEN_IDS | dict(  # Qwen/Qwen2-VL-7B-Instruct
         text_config=QWEN2_TEXT,
-        vision_config=dict(depth=2, embed_dim=32, hidden_size=128, num_heads=2, mlp_ratio=4, in_channels=3, patch_size=14,
-                           spatial_merge_size=2, temporal_patch_size=2)),
+        vision_config=dict(depth=2, embed_dim=32, hidden_size=128, num_heads=2, mlp_ratio=4, in_channels=3,
+                           patch_size=14, spatial_merge_size=2, temporal_patch_size=2)),
     "qwen2_5_vl": QWEN_IDS | dict(  # Qwen/Qwen2.5-VL-7B-Instruct
         text_config=QWEN2_TEXT | {"max_position_embeddings": 128000},
-        vision_config=dict(depth=32, hidden_size=32, intermediate_size=32, out_hidden_size=128, num_heads=2, in_channels=3,
-                           patch_size=14, spatial_merge_size=2, temporal_patch_size=2, tokens_per_second=2, window_size=112,
-                           fullatt_block_indexes=[7, 15, 23, 31])),
+        vision_config=dict(depth=32, hidden_size=32, intermediate_size=32, out_hidden_size=128, num_heads=2,
+                           in_channels=3, patch_size=14, spatial_merge_size=2, temporal_patch_size=2,
+                           tokens_per_second=2, window_size=112, fullatt_block_indexes=[7, 15, 23, 31])),
     "qwen3_vl": QWEN_IDS | dict(  # Qwen/Qwen3-VL-4B-Instruct
         tie_word_embeddings=True,
         text_config=TEXT | dict(
-            vocab_size=151936, num_attention_heads=2, num_key_value_heads=1, head_dim=128, max_position_embeddings=262144,
-            attention_bias=False, rope_theta=5000000,
+            vocab_size=151936, num_attention_heads=2, num_key_value_heads=1, head_dim=128,
+            max_position_embeddings=262144, attention_bias=False, rope_theta=5000000,
             rope_scaling={"mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default"}),
-        vision_config=dict(depth=24, hidden_size=32, intermediate_size=32, out_hidden_size=128, num_heads=2, in_channels=3,
-                           patch_size=16, spatial_merge_size=2, temporal_patch_size=2, num_position_embeddings=2304,
+        vision_config=dict(depth=24, hidden_size=32, intermediate_size=32, out_hidden_size=128, num_heads=2,
+                           in_channels=3, patch_size=16, spatial_merge_size=2, temporal_patch_size=2,
+                           num_position_embeddings=2304,
                            deepstack_visual_indexes=[5, 11, 17], hidden_act="gelu_pytorch_tanh")),
     "internvl": dict(  # OpenGVLab/InternVL3-1B-hf
         image_token_id=151667, image_seq_length=256, downsample_ratio=0.5, vision_feature_layer=-1,
@@ -75,15 +77,17 @@ PIXELS = {"qwen2_vl": dict(patch_size=14, size={"shortest_edge": 3136, "longest_
                            image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225])}
 PIXELS["qwen2_5_vl"] = PIXELS["qwen2_vl"]
 ADDED = ("<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "
-         "<|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|> <tool_call> "
-         "</tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|>").split()
+         "<|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|> "
+         "<tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> "
+         "<|file_sep|>").split()
 MORE = {"qwen3_vl": ["<tool_response>", "</tool_response>", "<think>", "</think>"],
         "internvl": "<img> </img> <IMG_CONTEXT> <quad> </quad> <ref> </ref> <box> </box>".split()}
 
 
 def chat_template(kind: str) -> str:
     """What the published template does with messages of typed parts; only Qwen2 puts a system message in by itself."""
-    system = "{% if loop.first and m.role != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    system = ("{% if loop.first and m.role != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+              "{% endif %}")
     image, video = (f"<|vision_start|><|{name}_pad|><|vision_end|>" for name in ("image", "video"))
     if kind == "internvl":
         image, video = "<IMG_CONTEXT>{{ '\\n' }}", "<video>{{ '\\n' }}"
@@ -96,7 +100,8 @@ def chat_template(kind: str) -> str:
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    """Folders like the published checkpoints, by kind: their configuration and their token ids, random narrow weights."""
+    """Folders like the published checkpoints, by kind: their configuration and their token ids, random narrow
+    weights."""
     root, made = tmp_path_factory.mktemp("published"), {}
     letters = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
 
@@ -110,7 +115,8 @@ def published(tmp_path_factory):
         extra = dict(start_image_token="<img>", end_image_token="</img>", context_image_token="<IMG_CONTEXT>",
                      video_token="<video>") if kind == "internvl" else {}
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-                                            chat_template=chat_template(kind), extra_special_tokens=extra, padding_side="left")
+                                            chat_template=chat_template(kind), extra_special_tokens=extra,
+                                            padding_side="left")
         torch.manual_seed(0)
         made[kind] = root / kind
         config = AutoConfig.for_model(kind, **PUBLISHED[kind])
@@ -124,7 +130,8 @@ def published(tmp_path_factory):
     shutil.rmtree(root)  # 80 MB each and more: mostly the vocabulary
 
 
-PROCESSORS = {"qwen2_vl": Qwen2VLProcessor, "qwen2_5_vl": Qwen2_5_VLProcessor, "qwen3_vl": Qwen3VLProcessor, "internvl": InternVLProcessor}
+PROCESSORS = {"qwen2_vl": Qwen2VLProcessor, "qwen2_5_vl": Qwen2_5_VLProcessor, "qwen3_vl": Qwen3VLProcessor,
+              "internvl": InternVLProcessor}
 
 
 def their_processor(kind, tokenizer, image_processor):
@@ -172,8 +179,8 @@ def test_tokens_and_pixels_are_those_of_the_published_processor(processors, kind
 
 @pytest.mark.parametrize("frames", [1, 4, 5])
 def test_the_tokens_of_a_video_are_those_of_the_published_processor(processors, frames):
-    """Two frames a second. Of a Qwen3-VL each pair of frames is a picture after its time, of an InternVL each frame a tile
-    after its number."""
+    """Two frames a second. Of a Qwen3-VL each pair of frames is a picture after its time, of an InternVL each frame a
+    tile after its number."""
     for kind in NEW:
         ours, theirs = processors(kind)
         _, grids, mark = m.FAMILIES[kind].read(moving(frames, (300, 200)), ours.image_processor)
@@ -182,14 +189,16 @@ def test_the_tokens_of_a_video_are_those_of_the_published_processor(processors, 
             grid = torch.tensor([[len(grids), *grids[0][1:]]])
             want = theirs.replace_video_token({"video_grid_thw": grid, "video_metadata": [told]}, 0)
         else:
-            want = theirs.replace_video_token({"pixel_values_videos": [torch.zeros(frames, 1)]}, 0) + "\n"  # its template's
+            want = (theirs.replace_video_token({"pixel_values_videos": [torch.zeros(frames, 1)]}, 0)
+                    + "\n")  # its template's
         assert mark == want
 
 
 def test_a_line_break_after_an_internvl_picture_is_not_doubled(backbones):
     """Its template sets one after every picture, and most data sets have one there."""
     processor = RewardModel.from_backbone(backbones("internvl")).processor
-    ids = [encode(Comparison(f"<image>{breaks}What?", ["a"], images=[picture()]), processor).prompt_ids for breaks in ("", "\n", "\n\n")]
+    ids = [encode(Comparison(f"<image>{breaks}What?", ["a"], images=[picture()]), processor).prompt_ids
+           for breaks in ("", "\n", "\n\n")]
     assert ids[0] == ids[1] and len(ids[2]) == len(ids[0]) + 1
 
 
@@ -227,7 +236,8 @@ def test_positions_of_qwen3_vl_are_those_of_transformers_also_for_videos(backbon
     """There a video is a row of pictures, so that nothing of it differs as it does for Qwen2.5-VL."""
     model = RewardModel.from_backbone(backbones("qwen3_vl"))
     config = model.backbone.config
-    for c in (*COMPARISONS.values(), Comparison("<video> and <video>", ["a"], images=[moving(5), moving(2, (84, 112))])):
+    two = Comparison("<video> and <video>", ["a"], images=[moving(5), moving(2, (84, 112))])
+    for c in (*COMPARISONS.values(), two):
         item = encode(c, model.processor)
         ids, of_video = torch.tensor([item.prompt_ids]), [m.is_video(image) for image in c.images]
         types = (ids == config.image_token_id).int() + 2 * (ids == config.video_token_id).int()
@@ -278,7 +288,8 @@ def test_an_image_processor_of_another_family_is_refused(backbones, tmp_path):
 
 @pytest.mark.parametrize("kind", NEW)
 def test_a_pack_with_and_without_images_reaches_every_parameter(backbones, kind):
-    """Else DistributedDataParallel waits for ever: for the tower of a text-only rank, or for a deepstack nobody adds."""
+    """Else DistributedDataParallel waits for ever: for the tower of a text-only rank, or for a deepstack nobody
+    adds."""
     torch.manual_seed(0)
     model = RewardModel.from_backbone(backbones(kind)).train()
     for name in ("text, K = 2", "one image"):
@@ -286,7 +297,8 @@ def test_a_pack_with_and_without_images_reaches_every_parameter(backbones, kind)
         packed = pack([COMPARISONS[name]], model.processor)
         pairwise_loss(model(packed)[0], packed.pairs).backward()
         assert all(p.grad is not None for p in model.parameters())
-        reached = [part for part in m.vision_parts(model.backbone) if sum(p.grad.abs().sum() for p in part.parameters())]
+        reached = [part for part in m.vision_parts(model.backbone)
+                   if sum(p.grad.abs().sum() for p in part.parameters())]
         assert bool(reached) == (name == "one image")
 
 
@@ -297,7 +309,8 @@ def test_a_saved_model_of_each_family_gives_the_same_rewards(backbones, tmp_path
     model = RewardModel.from_backbone(backbones(kind), max_pixels=4 * 112 * 112).eval()
     model.save_pretrained(tmp_path)
     large = Comparison("?", ["a", "b"], images=[Image.effect_noise((400, 300), 50)])
-    assert RewardModel.from_pretrained(tmp_path).score_many([large, *COMPARISONS.values()]) == model.score_many([large, *COMPARISONS.values()])
+    rows = [large, *COMPARISONS.values()]
+    assert RewardModel.from_pretrained(tmp_path).score_many(rows) == model.score_many(rows)
 
 
 @pytest.mark.parametrize("names", [{"^language_model": "language_model.model"}, {"^": "model."}])
@@ -325,7 +338,8 @@ def test_what_each_family_writes_has_the_probability_that_a_pack_gives_it(tmp_pa
 
 @pytest.mark.parametrize("kind", NEW)
 def test_each_family_trains_frozen_and_sharded_and_is_a_policy(kind, tmp_path):
-    """`train.py --backbone tiny-...`, alone and sharded, with a vision tower that does not move; then rl_demo.py on it."""
+    """`train.py --backbone tiny-...`, alone and sharded, with a vision tower that does not move; then rl_demo.py on
+    it."""
     name = next(name for name, made in train.TINY.items() if made == kind)
     data, held = (str(write_comparisons(tmp_path / f"drawn{n}", synthetic(n, seed=5), bar=False)) for n in (12, 3))
     weights = []
@@ -341,14 +355,15 @@ def test_each_family_trains_frozen_and_sharded_and_is_a_policy(kind, tmp_path):
         frozen = key.startswith(("lm.visual", "lm.vision_tower", "lm.multi_modal_projector"))
         assert key.startswith("head") or frozen == torch.equal(plain[key], start[key]), key
         assert (plain[key] - sharded[key]).abs().max() < 1e-4 or key == "head.2.bias", key  # which no loss pulls at
-    cfg = rl_demo.Config(reward_model=[str(tmp_path / "runnone")], reward=["hybrid"], sft_steps=2, max_steps=1, batch_size=2, eval_size=4,
-                         group_size=2, max_new_tokens=3, out=str(tmp_path / "rl"))
+    cfg = rl_demo.Config(reward_model=[str(tmp_path / "runnone")], reward=["hybrid"], sft_steps=2, max_steps=1,
+                         batch_size=2, eval_size=4, group_size=2, max_new_tokens=3, out=str(tmp_path / "rl"))
     assert rl_demo.main(cfg.resolved()) == 0
     assert json.loads((tmp_path / "rl" / "summary.json").read_text())["n"] == 4
 
 
 def test_a_sharded_tower_of_internvl_computes_with_the_very_scales_of_an_unsharded_one(backbones):
-    """They lie in its layers themselves and are no products: gathered in bf16, a small update of them would not be felt."""
+    """They lie in its layers themselves and are no products: gathered in bf16, a small update of them would not be
+    felt."""
     train.start_processes()
     found = []
     for shard in (False, True):
@@ -372,15 +387,16 @@ def test_members_of_an_ensemble_each_encode_for_themselves(backbones, tmp_path):
         torch.manual_seed(0)
         members[kind] = RewardModel.from_backbone(backbones(kind)).eval()
         members[kind].save_pretrained(tmp_path / kind)
-    evaluate.main(evaluate.Config(model=[str(tmp_path / kind) for kind in members], data=[data], out=str(tmp_path / "out"),
-                                  ensemble="accuracy", validation=data, route=True))
+    evaluate.main(evaluate.Config(model=[str(tmp_path / kind) for kind in members], data=[data],
+                                  out=str(tmp_path / "out"), ensemble="accuracy", validation=data, route=True))
     lines = (tmp_path / "out" / "drawn" / "predictions.jsonl").read_text().splitlines()[1:]
     for row, line in zip(rows, map(json.loads, lines)):
         for kind, member in members.items():
             by_member = line.get("members", {str(tmp_path / "qwen3"): line["rewards"]})  # texts go to one alone
             rewards = by_member.get(str(tmp_path / kind))
             assert (rewards is None) == (bool(row.images) == (kind == "qwen3"))
-            assert rewards is None or rewards == pytest.approx(member.score(row.prompt, row.responses, row.images), abs=1e-5)
+            assert rewards is None or rewards == pytest.approx(
+                member.score(row.prompt, row.responses, row.images), abs=1e-5)
 
 
 def test_a_policy_and_a_reward_model_of_two_families_are_refused(tmp_path):
@@ -390,11 +406,13 @@ def test_a_policy_and_a_reward_model_of_two_families_are_refused(tmp_path):
     RewardModel.from_backbone(small_backbone(tmp_path / "b")).save_pretrained(tmp_path / "rm")
     policy = small_backbone(tmp_path / "policy", kind="qwen3_vl", vocabulary_head=True)
     with pytest.raises(ValueError, match="other images or none"):
-        rl_demo.main(rl_demo.Config(policy=str(policy), reward_model=[str(tmp_path / "rm")], data=data, out=str(tmp_path / "rl")).resolved())
+        rl_demo.main(rl_demo.Config(policy=str(policy), reward_model=[str(tmp_path / "rm")], data=data,
+                                    out=str(tmp_path / "rl")).resolved())
 
 
 @pytest.mark.parametrize("kind, more, why", [
-    ("qwen3_5", {}, "linear_attention"), ("gemma3", {}, "sliding_attention"), ("mistral", {"sliding_window": 4096}, "sliding_attention"),
+    ("qwen3_5", {}, "linear_attention"), ("gemma3", {}, "sliding_attention"),
+    ("mistral", {"sliding_window": 4096}, "sliding_attention"),
     ("qwen2", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}, "sliding_attention"),
     ("llava", {}, "pictures of llava cannot be read")])
 def test_a_backbone_that_cannot_take_branches_is_refused_before_its_weights_are_read(tmp_path, kind, more, why):

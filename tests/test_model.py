@@ -1,4 +1,5 @@
-"""How a comparison becomes rewards, in the order of model.py. Small enough to check by head wherever numbers are given."""
+"""How a comparison becomes rewards, in the order of model.py. Small enough to check by head wherever numbers are
+given."""
 import copy
 import json
 import math
@@ -34,9 +35,10 @@ COMPARISONS = {  # one of each kind that the fast path must get right
     "text, K = 2": Comparison("Name a colour.", ["red", "a long answer: green"], [(0, 1)]),
     "text, K = 4": Comparison("Count.", ["1", "2 2", "3", "4 4 4"], [(0, 1), (0, 2), (0, 3), (1, 3)]),
     "one image": Comparison("<image>\nWhat colour?", ["red", "blue blue"], [(1, 0)], [picture()]),
-    "several images": Comparison("A <image> and <image>, which is red?", ["first", "second one", "none"], [(0, 1), (0, 2)],
-                                 [picture(), picture("blue", (168, 56))]),
-    "odd sizes": Comparison("<image><image>?", ["a", "b b", "c", "d"], [(0, 1), (2, 3)], [picture("red", (75, 131)), picture("blue", (97, 40))]),
+    "several images": Comparison("A <image> and <image>, which is red?", ["first", "second one", "none"],
+                                 [(0, 1), (0, 2)], [picture(), picture("blue", (168, 56))]),
+    "odd sizes": Comparison("<image><image>?", ["a", "b b", "c", "d"], [(0, 1), (2, 3)],
+                            [picture("red", (75, 131)), picture("blue", (97, 40))]),
     "a video": Comparison("<video>What moves?", ["nothing", "the colour does"], [(1, 0)], [moving(12)]),
     "image and video": Comparison("<image> or <video>?", ["a", "b b"], [(0, 1)], [picture("green"), moving(3)]),
 }
@@ -66,8 +68,8 @@ def test_an_image_that_cannot_be_trusted_is_refused_in_one_line(tmp_path):
     (tmp_path / "bomb.png").write_bytes(bomb)
     os.mkfifo(tmp_path / "pipe.png")  # who opens it waits for ever
     (tmp_path / "endless.png").symlink_to("/dev/zero")
-    for name, word in {"pipe": "no file", "endless": "no file", "cut": "cannot be used", "note": "cannot identify", "narrow": "narrower", "bomb": "bomb",
-                       "gone": "not exist"}.items():
+    for name, word in {"pipe": "no file", "endless": "no file", "cut": "cannot be used", "note": "cannot identify",
+                       "narrow": "narrower", "bomb": "bomb", "gone": "not exist"}.items():
         with pytest.raises(ValueError, match=word) as error:
             m.open_image(tmp_path / f"{name}.png")
         assert f"{name}.png" in str(error.value) and "\n" not in str(error.value)
@@ -86,7 +88,8 @@ def test_a_patch_of_a_video_spans_two_frames_and_an_odd_last_frame_stands_twice(
     patches, grid = m.cut_into_patches(frames, tiny.processor.image_processor)
     assert grid == [2, 4, 4] and patches.shape == (32, 3 * 2 * 196)
     moments = patches.view(2, 16, 3, 2, 196)
-    alone = [m.cut_into_patches(frame, tiny.processor.image_processor)[0].view(16, 3, 2, 196)[:, :, 0] for frame in frames]
+    alone = [m.cut_into_patches(frame, tiny.processor.image_processor)[0].view(16, 3, 2, 196)[:, :, 0]
+             for frame in frames]
     assert torch.equal(moments[0, :, :, 0], alone[0]) and torch.equal(moments[0, :, :, 1], alone[1])
     assert torch.equal(moments[1, :, :, 0], alone[2]) and torch.equal(moments[1, :, :, 1], alone[2])
 
@@ -113,16 +116,19 @@ def test_the_tokens_of_a_prompt_are_pinned(tiny):
     item = encode(COMPARISONS["one image"], tiny.processor)
     text = tiny.processor.tokenizer.decode(item.prompt_ids).replace("<|image_pad|>" * 16, "[16 image tokens]")
     assert text == ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-                    "<|im_start|>user\n<|vision_start|>[16 image tokens]<|vision_end|>\nWhat colour?<|im_end|>\n<|im_start|>assistant\n")
+                    "<|im_start|>user\n<|vision_start|>[16 image tokens]<|vision_end|>\nWhat colour?<|im_end|>\n"
+                    "<|im_start|>assistant\n")
     assert item.prompt_ids == GOLDEN_PROMPT and item.response_ids == GOLDEN_RESPONSES
 
 
-GOLDEN_PROMPT = [1, 289, 205, 275, 274, 263, 290, 285, 20, 2, 205, 1, 283, 205, 3, *[5] * 16, 4, 205, 340, 350, 37, 2, 205, 1, 276, 205]
+GOLDEN_PROMPT = [1, 289, 205, 275, 274, 263, 290, 285, 20, 2, 205, 1, 283, 205, 3, *[5] * 16, 4, 205, 340, 350, 37, 2,
+                 205, 1, 276, 205]
 GOLDEN_RESPONSES = [[267, 74, 2], [72, 310, 75, 347, 2]]
 
 
 def test_no_token_spans_the_border_between_prompt_and_response(tiny):
-    """The prompt's tokens do not depend on what is answered, and each response is the tokens of its own text and <|im_end|>."""
+    """The prompt's tokens do not depend on what is answered, and each response is the tokens of its own text and
+    <|im_end|>."""
     one = encode(Comparison("Hi", ["red", "\nred"]), tiny.processor)
     other = encode(Comparison("Hi", ["blue", "x"]), tiny.processor)
     assert one.prompt_ids == other.prompt_ids
@@ -188,7 +194,8 @@ def test_a_pack_is_comparisons_end_to_end(tiny):
 def test_packs_are_full_to_97_percent_on_a_mixed_set():
     """Nothing is padded inside a pack; what is lost is the room that no comparison fits into any more."""
     generator = torch.Generator().manual_seed(0)
-    sizes = (torch.rand(2000, generator=generator) ** 3 * 3900 + 100).int().tolist()  # many short, some of almost 4,000 tokens
+    # many short, some of almost 4,000 tokens
+    sizes = (torch.rand(2000, generator=generator) ** 3 * 3900 + 100).int().tolist()
     packs = fill_packs(sizes, budget=16384)
     assert sorted(i for p in packs for i in p) == list(range(2000))
     assert max(sum(sizes[i] for i in p) for p in packs) <= 16384
@@ -271,7 +278,8 @@ def test_windows_of_equal_length_share_a_call_and_give_what_the_stock_tower_give
     stock = copy.deepcopy(fast)
     stock.visual.config._attn_implementation, stock.visual.patch_embed.proj.__class__ = "sdpa", torch.nn.Conv3d
     real, calls = torch.nn.functional.scaled_dot_product_attention, []
-    monkeypatch.setattr(m.F, "scaled_dot_product_attention", lambda *rest, **named: calls.append(1) or real(*rest, **named))
+    monkeypatch.setattr(m.F, "scaled_dot_product_attention",
+                        lambda *rest, **named: calls.append(1) or real(*rest, **named))
     for grids in ([[1, 16, 16]], [[1, 26, 10], [1, 6, 22], [1, 2, 2], [1, 30, 18], [1, 26, 10]], [[4, 10, 14]]):
         grid, out, made = torch.tensor(grids), [], []
         patches = torch.randn(int(grid.prod(dim=1).sum()), 3 * 2 * 14 * 14)
@@ -285,7 +293,8 @@ def test_windows_of_equal_length_share_a_call_and_give_what_the_stock_tower_give
         assert made[0] <= 8 and (made[0] < made[1] or grids == [[1, 16, 16]])
         for a, b in zip(*out):
             assert (a - b).norm() <= 1e-6 * b.norm()
-    assert type(copy.deepcopy(fast).visual.patch_embed.proj) is m.PatchProduct and "flash" not in fast.config.to_json_string()
+    assert (type(copy.deepcopy(fast).visual.patch_embed.proj) is m.PatchProduct
+            and "flash" not in fast.config.to_json_string())
 
 
 def test_recomputed_activations_give_the_same_gradient(tiny):
@@ -301,9 +310,12 @@ def test_recomputed_activations_give_the_same_gradient(tiny):
 
 
 @pytest.mark.parametrize("kind, small", [("qwen2_5_vl", 0), ("qwen2_5_vl", 256), ("qwen3_vl", 256)])
-def test_under_autocast_bf16_weights_compute_what_fp32_weights_of_the_same_values_do(backbones, monkeypatch, kind, small):
-    """So that on a GPU a frozen reference in bf16 gives, to the bit, what the fp32 policy gives that starts from the same checkpoint."""
-    whole, half = (RewardModel.from_backbone(backbones(kind), dtype=dtype).eval() for dtype in (torch.float32, torch.bfloat16))
+def test_under_autocast_bf16_weights_compute_what_fp32_weights_of_the_same_values_do(backbones, monkeypatch, kind,
+                                                                                     small):
+    """So that on a GPU a frozen reference in bf16 gives, to the bit, what the fp32 policy gives that starts from the
+    same checkpoint."""
+    whole, half = (RewardModel.from_backbone(backbones(kind), dtype=dtype).eval()
+                   for dtype in (torch.float32, torch.bfloat16))
     monkeypatch.setattr(m, "SMALL", small)
     for q in whole.parameters():
         q.data = q.data.bfloat16().float()
@@ -345,7 +357,8 @@ def test_a_pack_without_an_image_still_reaches_every_parameter(tiny):
 def test_the_order_of_the_images_matters(tiny):
     """Two images of the same size have the same placeholder tokens; only their pixels tell them apart."""
     a, b = picture("red"), picture("blue")
-    first, second = (tiny.score("<image><image>Which is red?", ["first", "second"], images) for images in ([a, b], [b, a]))
+    first, second = (tiny.score("<image><image>Which is red?", ["first", "second"], images)
+                     for images in ([a, b], [b, a]))
     assert max(abs(x - y) for x, y in zip(first, second)) > 1e-4
 
 
@@ -353,7 +366,8 @@ def test_the_order_of_the_images_matters(tiny):
 
 
 def test_every_head_of_table_2_can_be_built():
-    for layers, activation in [(1, "none"), (2, "none"), (2, "tanh"), (2, "silu"), (3, "silu"), (4, "silu"), (5, "silu"), (2, "relu")]:
+    for layers, activation in [(1, "none"), (2, "none"), (2, "tanh"), (2, "silu"), (3, "silu"), (4, "silu"),
+                               (5, "silu"), (2, "relu")]:
         head = m.build_head(16, layers, activation)
         assert head(torch.zeros(3, 16)).shape == (3, 1)
         assert sum(isinstance(part, torch.nn.Linear) for part in head) == layers
@@ -372,7 +386,8 @@ def test_saved_and_loaded_the_rewards_are_identical(tiny, tmp_path):
     again = RewardModel.from_pretrained(tmp_path / "rm")
     p = pack(encoded(tiny))
     assert torch.equal(tiny(p)[0], again(p)[0])
-    assert again.score("Name a colour.", ["red", "a long answer: green"]) == pytest.approx(tiny(p)[0][:2].tolist(), abs=1e-5)
+    scored = again.score("Name a colour.", ["red", "a long answer: green"])
+    assert scored == pytest.approx(tiny(p)[0][:2].tolist(), abs=1e-5)
     alone = [tiny.score(c.prompt, c.responses, c.images) for c in COMPARISONS.values()]
     for one, many in zip(alone, again.score_many(list(COMPARISONS.values()), pack_tokens=100)):
         assert many == pytest.approx(one, abs=1e-5)
@@ -394,7 +409,8 @@ def test_the_hubs_first_layout_loads_and_a_missing_or_surplus_key_is_named(backb
     save_file(hub, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="missing.*norm.weight"):
         m.load(folder)
-    save_file(hub | {"model.norm.weight": gone, "visual.extra": torch.zeros(1)}, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(hub | {"model.norm.weight": gone, "visual.extra": torch.zeros(1)}, folder / "model.safetensors",
+              metadata={"format": "pt"})
     with pytest.raises(ValueError, match="surplus.*extra"):
         m.load(folder)
 
@@ -423,7 +439,8 @@ def test_a_model_that_reads_another_token_is_refused(tiny, tmp_path):
 
 def test_a_damaged_folder_is_one_line_whatever_is_damaged(tiny, tmp_path):
     damage = {"reward_config.json": b"[]", "head.safetensors": b"\x08", "model.safetensors": b"\xff" * 100,
-              "tokenizer.json": b"{}", "chat_template.jinja": b"{{ messages[9].role.x }}", "preprocessor_config.json": b"[]"}
+              "tokenizer.json": b"{}", "chat_template.jinja": b"{{ messages[9].role.x }}",
+              "preprocessor_config.json": b"[]"}
     tiny.save_pretrained(tmp_path / "whole")
     for name, content in damage.items():
         shutil.copytree(tmp_path / "whole", tmp_path / name)
@@ -472,7 +489,8 @@ def test_what_is_replaced_is_the_old_or_the_new_and_never_half(tmp_path):
             (partial / "last").write_text(text)
             (partial / "a").write_text(text)
     (folder / "mine").write_text("is left alone")
-    assert {f.name: f.read_text() for f in folder.iterdir()} == {"last": "second", "a": "second", "mine": "is left alone"}
+    assert {f.name: f.read_text() for f in folder.iterdir()} == {
+        "last": "second", "a": "second", "mine": "is left alone"}
     assert {f.name for f in tmp_path.iterdir()} == {"file", "folder"}
 
 
@@ -510,7 +528,8 @@ def test_max_pixels_bounds_the_tokens_of_an_image(backbones):
     small = RewardModel.from_backbone(backbones(), max_pixels=56 * 56)
     patches = small.processor.image_processor(images=[picture()], return_tensors="pt")["pixel_values"]
     assert len(patches) == 16  # 4 x 4 patches, 2 x 2 tokens
-    assert small.config == {"paradigm": "naive", "head_layers": 2, "head_activation": "silu", "width": 64, "reads": m.READS}
+    assert small.config == {"paradigm": "naive", "head_layers": 2, "head_activation": "silu", "width": 64,
+                            "reads": m.READS}
 
 
 # ----------------------------------------------------------------------------------------------- the loss
@@ -522,7 +541,8 @@ def test_only_the_difference_of_two_rewards_matters():
 
 
 def test_each_pair_pulls_with_the_probability_of_being_wrong():
-    """d loss / d margin = -sigmoid(-margin): one half where the model has no opinion, next to nothing where it is sure and right."""
+    """d loss / d margin = -sigmoid(-margin): one half where the model has no opinion, next to nothing where it is sure
+    and right."""
     rewards = torch.tensor([0.0, 0.0, 5.0, 0.0], requires_grad=True)
     pairwise_loss(rewards, torch.tensor([[0, 1], [2, 3]]), pairs_in_step=1).backward()
     assert rewards.grad.tolist() == pytest.approx([-0.5, 0.5, -1 / (1 + math.exp(5)), 1 / (1 + math.exp(5))])
@@ -543,7 +563,8 @@ def test_the_regularisers_of_algorithm_1_are_its_two_lines():
     plain = pairwise_loss(rewards, pairs).item()
     assert pairwise_loss(rewards, pairs, zero_coef=0.1).item() == pytest.approx(plain + 0.1 * (3 + 1) ** 2)
     length = torch.tensor([math.e - 1, math.e**2 - 1])  # log(length + 1) is 1 and 2
-    assert pairwise_loss(rewards, pairs, length_norm=True, response_length=length).item() == pytest.approx(math.log(1 + math.exp(-2.5)))
+    loss = pairwise_loss(rewards, pairs, length_norm=True, response_length=length)
+    assert loss.item() == pytest.approx(math.log(1 + math.exp(-2.5)))
 
 
 # ----------------------------------------------------------------------------------------------- the policy

@@ -25,7 +25,8 @@ ROW = Comparison("<image>What colour?", ["red", "blue blue", "green"], [(0, 1), 
 @pytest.fixture(scope="module")
 def writer(tmp_path_factory):
     """A tiny checkpoint with its vocabulary head, which knows the words of critics and judges."""
-    words = [*TEXTS, f"{m.CRITIQUE_TURN} {m.THINK}{m.VERDICT} <think>1: colour right 2: colour wrong</think><answer>1</answer>"]
+    words = [*TEXTS, f"{m.CRITIQUE_TURN} {m.THINK}{m.VERDICT} <think>1: colour right 2: colour wrong</think>"
+                     "<answer>1</answer>"]
     return small_backbone(tmp_path_factory.mktemp("writer") / "w", texts=words * 20, vocabulary_head=True)
 
 
@@ -220,7 +221,8 @@ def test_each_paradigm_trains_resumes_saves_and_is_evaluated(writer, tmp_path, k
         assert m.Policy.from_pretrained(cfg.out).lm_head.weight.equal(whole.lm_head.weight)
     rows = synthetic(4, seed=5)
     write_comparisons(tmp_path / "rows", rows, bar=False)
-    evaluate.main(evaluate.Config(model=[cfg.out], data=[str(tmp_path / "rows")], out=str(tmp_path / "ev"), probe=False))
+    evaluate.main(evaluate.Config(model=[cfg.out], data=[str(tmp_path / "rows")], out=str(tmp_path / "ev"),
+                                  probe=False))
     facts, *found = [json.loads(line) for line in (tmp_path / "ev/rows/predictions.jsonl").read_text().splitlines()]
     alone = m.scores_of(whole, read_comparisons(tmp_path / "rows"))
     for row, score in zip(found, alone):
@@ -249,7 +251,8 @@ def test_critics_and_judges_stand_on_every_family_with_lora_too(kind, tmp_path):
                    if p.grad is not None and not name.startswith("head.")}
         assert trained == {"lora_a", "lora_b"}
         model.save_pretrained(tmp_path / paradigm, train.merged(model.state_dict()))
-        (before,), (after,) = (m.scores_of(one, [row]) for one in (model.eval(), RewardModel.from_pretrained(tmp_path / paradigm)))
+        (before,), (after,) = (m.scores_of(one, [row])
+                               for one in (model.eval(), RewardModel.from_pretrained(tmp_path / paradigm)))
         assert after.rewards == pytest.approx(before.rewards, abs=1e-4) and after.texts == before.texts
 
 
@@ -268,7 +271,8 @@ def test_an_ensemble_of_a_naive_model_and_a_critic_is_the_mean_of_their_rewards(
 def test_a_critic_writes_its_own_critiques_into_a_folder_to_train_its_head_on(models, tmp_path):
     models["critic"].save_pretrained(tmp_path / "critic")
     write_comparisons(tmp_path / "rows", synthetic(3, seed=6), bar=False)
-    settings = dict(model=[str(tmp_path / "critic")], data=[str(tmp_path / "rows")], out=str(tmp_path / "ev"), probe=False)
+    settings = dict(model=[str(tmp_path / "critic")], data=[str(tmp_path / "rows")], out=str(tmp_path / "ev"),
+                    probe=False)
     evaluate.main(evaluate.Config(**settings, write_critiques=str(tmp_path / "own")))
     before, after = ([*read_comparisons(tmp_path / name)] for name in ("rows", "own"))
     assert [(c.prompt, c.responses, c.pairs) for c in before] == [(c.prompt, c.responses, c.pairs) for c in after]
@@ -309,19 +313,22 @@ def test_the_two_changes_of_stablereinforce():
     assert rl.grpo_loss(new, old, new, out, 1).item() == pytest.approx(math.exp(20), rel=1e-5)
     assert rl.grpo_loss(new, old, new, out, 1, clamp_ratio=True).item() == pytest.approx(1000, rel=1e-5)
     train.start_processes()
-    groups = [SimpleNamespace(advantages=torch.tensor([1.0, -1.0] * 50)), SimpleNamespace(advantages=torch.tensor([9.0]))]
+    groups = [SimpleNamespace(advantages=torch.tensor([1.0, -1.0] * 50)),
+              SimpleNamespace(advantages=torch.tensor([9.0]))]
     rl.drop_outliers(groups)
     assert groups[1].advantages.item() == 0.0 and groups[0].advantages.abs().min() > 0.5
 
 
 @pytest.mark.parametrize("words, do", [
-    ("none", lambda w, t, ms: train.make_model(config(w, t, paradigm="critic"), [[Comparison("?", ["a", "b"], [(0, 1)])]],
-                                               torch.device("cpu"))),
+    ("none", lambda w, t, ms: train.make_model(config(w, t, paradigm="critic"),
+                                               [[Comparison("?", ["a", "b"], [(0, 1)])]], torch.device("cpu"))),
     ("want 2 or more", lambda w, t, ms: ms["direct"].score("?", ["alone"])),
-    ("asked for as a naive", lambda w, t, ms: (ms["critic"].save_pretrained(t), RewardModel.from_pretrained(t, paradigm="naive"))),
+    ("asked for as a naive", lambda w, t, ms: (ms["critic"].save_pretrained(t),
+                                               RewardModel.from_pretrained(t, paradigm="naive"))),
     ("--think is generative", lambda w, t, ms: config(w, t, think=True)),
     ("--length_norm naive", lambda w, t, ms: config(w, t, paradigm="critic", length_norm=True)),
-    ("without a vocabulary head", lambda w, t, ms: (ms["naive"].save_pretrained(t), RewardModel.from_backbone(t, paradigm="critic"))),
+    ("without a vocabulary head", lambda w, t, ms: (ms["naive"].save_pretrained(t),
+                                                    RewardModel.from_backbone(t, paradigm="critic"))),
     ("one critic", lambda w, t, ms: evaluate.main(evaluate.Config(model=["a", "b"], write_critiques="c"))),
 ], ids=lambda x: x if isinstance(x, str) else "")
 def test_what_cannot_be_is_said_in_one_line(writer, tmp_path, models, words, do):

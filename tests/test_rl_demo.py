@@ -115,7 +115,8 @@ def group_of(prompt, rollouts, end, advantages, sampled=None):
 
 def shared(policy, cfg, reward_models=()):
     reference = copy.deepcopy(policy).requires_grad_(False)
-    return SimpleNamespace(cfg=cfg, device=torch.device("cpu"), reference=reference, reward_models=reward_models, judges=[])
+    return SimpleNamespace(cfg=cfg, device=torch.device("cpu"), reference=reference, reward_models=reward_models,
+                           judges=[])
 
 
 # ----------------------------------------------------------------------------------------- rewards
@@ -123,7 +124,8 @@ def shared(policy, cfg, reward_models=()):
 def paid(kind, r, matches=None, truncated=None):
     no = torch.zeros(len(r), dtype=torch.bool)
     known = [no if x is None else torch.tensor(x) for x in (matches, truncated)]
-    return rl.pay(kind, SimpleNamespace(judged=None, model_rewards=torch.tensor(r), matches=known[0], truncated=known[1]))
+    return rl.pay(kind, SimpleNamespace(judged=None, model_rewards=torch.tensor(r), matches=known[0],
+                                        truncated=known[1]))
 
 
 def test_hybrid_never_pays_a_wrong_answer_like_a_right_one():
@@ -560,7 +562,8 @@ def test_bad_input_gets_one_line_that_says_what_to_do(whole_run, flags, reward_f
         (tmp_path / name).mkdir()
         (tmp_path / name / "comparisons.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
     monkeypatch.chdir(tmp_path)
-    cases = [({"policy": str(other)}, "reads other tokens than policy"), ({"policy": str(reward_folder)}, "vocabulary head"),
+    cases = [({"policy": str(other)}, "reads other tokens than policy"),
+             ({"policy": str(reward_folder)}, "vocabulary head"),
              ({"policy": "/nowhere"}, "cannot load"), ({"data": str(tmp_path / "empty")}, "holds no row"),
              ({"reward": ["rule"], "data": str(tmp_path / "unanswered")}, r"comparisons.jsonl:2: no `answer`"),
              ({"data": str(tmp_path / "no_image")}, "none.png does not exist"),

@@ -51,7 +51,8 @@ def test_every_script_prints_its_help(name, run_script, capsys):
 def test_every_flag_is_read_and_explained(name):
     """A field that nothing reads is a promise that nothing keeps."""
     for field in fields(importlib.import_module(name).Config):
-        assert re.search(rf"\b(cfg|self|config)\.{field.name}\b", SOURCES[name]), f"{name}.py never reads --{field.name}"
+        read = re.search(rf"\b(cfg|self|config)\.{field.name}\b", SOURCES[name])
+        assert read, f"{name}.py never reads --{field.name}"
         assert len(field.metadata["help"]) > 10, f"{name}.py does not explain --{field.name}"
 
 
@@ -103,7 +104,8 @@ def commands():
     """Every command line of the README that runs one of the scripts, its continuation lines joined."""
     for line in re.sub(r"\\\n\s*", " ", README).splitlines():
         for part in line.split("&&"):
-            if match := re.search(r"\b(?:torchrun|python)\b[^#;]*? ((?:data|train|evaluate|rl_demo)\.py)\b([^#;`]*)", part):
+            if match := re.search(r"\b(?:torchrun|python)\b[^#;]*? ((?:data|train|evaluate|rl_demo)\.py)\b"
+                                  r"([^#;`]*)", part):
                 yield match[1], shlex.split(match[2].replace("$s", "0"))
 
 
@@ -170,7 +172,8 @@ import json, pathlib, data
 from PIL import Image
 pathlib.Path("src").mkdir()
 Image.new("RGB", (56, 56)).save("src/7.png")
-row = {"question": "What is it?", "photo": "7.png", "answers": [{"text": "a bus", "stars": 5}, {"text": "a cat", "stars": 1}]}
+row = {"question": "What is it?", "photo": "7.png",
+       "answers": [{"text": "a bus", "stars": 5}, {"text": "a cat", "stars": 1}]}
 pathlib.Path("src/rows.jsonl").write_text(json.dumps(row))
 data.main(["stars", "--source", "src/rows.jsonl", "--out", "made"])
 c = data.read_comparisons("made")[0]

@@ -120,7 +120,8 @@ def four_steps(backbone, data, out):
 
 
 def make_two_ranks(folder, backbones):
-    kinds = {"critic": "internvl", "direct": "qwen2_5_vl", "think": "qwen3_vl"}  # the first's embedding and head are one weight
+    # the first's embedding and head are one weight
+    kinds = {"critic": "internvl", "direct": "qwen2_5_vl", "think": "qwen3_vl"}
     writers = {p: str(small_backbone(folder / p, kind=k, vocabulary_head=True)) for p, k in kinds.items()}
     told = {"backbone": str(backbones()), "writers": writers, "drawn": str(draw(folder / "drawn"))}
     return told | {"config": asdict(four_steps(backbones(), folder / "drawn", folder / "one"))}
@@ -215,7 +216,8 @@ def two_nodes_of_train(folder, backbones):
     return ["tests/two_nodes.py", folder, *words]
 
 
-def test_two_nodes_take_the_steps_of_one_and_go_on_by_themselves_after_a_worker_is_killed(two_nodes_of_train, backbones):
+def test_two_nodes_take_the_steps_of_one_and_go_on_by_themselves_after_a_worker_is_killed(two_nodes_of_train,
+                                                                                          backbones):
     """Each with a disk of its own, sharded within the node; the first rank alone writes, and resumes for all."""
     here, run = two_nodes_of_train
     assert run.returncode == 0, run.stderr
@@ -576,7 +578,8 @@ def test_a_run_with_lora_trains_updates_and_head_alone_and_resumes_bit_for_bit(c
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
     eyes = replace(low, overwrite=True, lora_vision=True, max_steps=1)
     assert main(eyes) == 0
-    assert any("visual" in name and not torch.equal(w, base[name]) for name, w in weights(low.out).items() if name in base)
+    assert any("visual" in name and not torch.equal(w, base[name])
+               for name, w in weights(low.out).items() if name in base)
     assert main(replace(low, overwrite=True, freeze_vision=True, max_steps=0)) == 0
     assert all(torch.equal(weights(low.out)[name], base[name]) for name in base)
 

@@ -67,8 +67,8 @@ def gradient(backbone, folder, pack_tokens=240, shard="none", lora=0, paradigm="
 
 
 def rewards_in_bf16(backbone, shard: str, lora=0):
-    """Rewards (and with `lora` the gradient's norm) as a GPU computes them, products in bf16 and the rest in fp32, after
-    an update of the norms' weights, of the biases and of the embedding that bf16 could not hold."""
+    """Rewards (and with `lora` the gradient's norm) as a GPU computes them, products in bf16 and the rest in fp32,
+    after an update of the norms' weights, of the biases and of the embedding that bf16 could not hold."""
     torch.manual_seed(0)
     model = RewardModel.from_backbone(backbone, dtype=torch.bfloat16 if lora else torch.float32).train()
     if lora:

@@ -77,8 +77,8 @@ def picture() -> str:
         for i, position in enumerate(packed.positions[row].tolist()):
             out.append(f'<text x="{left + i * cell + cell / 2 - 0.5}" y="{y}" text-anchor="middle" '
                        f'fill="{"#374151" if branch[i] == 0 else COLOURS[branch[i]]}">{position}</text>')
-    out.append(f'<text x="{left}" y="{top + n * cell + 94}" fill="#6b7280">M-RoPE positions: both responses start at the '
-               f'same number, as each would alone</text>')
+    out.append(f'<text x="{left}" y="{top + n * cell + 94}" fill="#6b7280">M-RoPE positions: both responses start at '
+               f'the same number, as each would alone</text>')
     return "\n".join(out) + "\n</svg>\n"
 
 

@@ -361,9 +361,8 @@ def distribute(model: RewardModel, device: torch.device, shard: str, product_dty
 def fill(tensors: dict, whole: dict) -> None:
     """Puts the first rank's `whole` tensors, by name, into every rank's, or into its parts of them, one at a time."""
     for name, tensor in tensors.items():
-        one = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-        if whole:
-            one.copy_(whole[name])
+        empty = partial(torch.empty, tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        one = whole[name].to(tensor.device) if whole else empty()
         if isinstance(tensor, DTensor):
             tensor.copy_(distribute_tensor(one, tensor.device_mesh, tensor.placements))
         else:

@@ -80,7 +80,7 @@ def seconds_per_token(group_size: int, repetitions: int) -> list[float]:
                               rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]}),
                          dict(depth=1, hidden_size=64, num_heads=2, intermediate_size=64, out_hidden_size=64))
     short = benchmark.Config(prompt_tokens=16, image_tokens=0, comparisons=1)
-    prompt = benchmark.make_comparisons(short, policy.lm.config)[0]
+    prompt = benchmark.make_comparisons(short, policy.lm.config)[0].with_responses([])
 
     def timed(tokens):
         began = time.perf_counter()

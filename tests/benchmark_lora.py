@@ -28,7 +28,7 @@ from model import pack, quicken_vision, recompute_activations  # noqa: E402
 
 @dataclass(frozen=True)
 class Config:
-    shape: str = HfArg(default="3b", help="3b or 7b: Qwen2.5-VL's")
+    shape: str = HfArg(default="3b", help="3b or 7b: Qwen2.5-VL's; tiny")
     lora: int = HfArg(default=16, help="rank of the updates")
     prompt_tokens: int = HfArg(default=96, help="tokens of the prompt, 64 of them an image's")
     response_tokens: int = HfArg(default=16, help="tokens of each of two responses")

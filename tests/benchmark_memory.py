@@ -10,24 +10,29 @@ add up here. A step adds the gradients and AdamW's two moments: three times a ra
 c69d86f, a busy machine, once, weights of 0.53 GB: --shard all 0.79 and 0.31 GB until the model is distributed, 1.32
 and 1.24 with a step; --shard none 1.05 and 2.15 on both ranks.
 """
+import os
 import resource
-import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from transformers.hf_argparser import HfArgumentParser
+from transformers.hf_argparser import HfArg, HfArgumentParser
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
 from data import synthetic  # noqa: E402
-from model import pack, pairwise_loss  # noqa: E402
-from train import (Config, distribute, end_processes, from_first, gather_objects, make_model, say,  # noqa: E402
-                   start_processes)
+from model import pack, pairwise_loss, tiny_backbone  # noqa: E402
+import train  # noqa: E402
+from train import distribute, from_first, gather_objects, say  # noqa: E402
 
-WIDTH = 1216
+
+@dataclass(frozen=True)
+class Config:
+    shard: str = HfArg(default="none", help="none, all or node, as of train.py")
+    width: int = HfArg(default=1216, help="of the tiny Qwen2.5-VL")
 
 
 def peak() -> float:
@@ -36,30 +41,33 @@ def peak() -> float:
 
 
 def main(cfg: Config) -> None:
-    device, rows = start_processes(), synthetic(4)
+    device, rows = train.start_processes(), synthetic(4)
     first = dist.get_rank() == 0
     with tempfile.TemporaryDirectory() as folder:
         path = from_first(folder)
         if first:
-            # In a process of its own: its memory must not count as this one's
-            code = f"from model import tiny_backbone; tiny_backbone({path!r}, ['a b c'], width={WIDTH})"
-            subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
+            if os.fork() == 0:  # in a process of its own: its memory must not count as this one's
+                torch.set_num_threads(1)  # it has none of its parent's threads
+                os.environ["TOKENIZERS_PARALLELISM"] = "false"
+                tiny_backbone(path, ["a b c"], width=cfg.width)
+                os._exit(0)
+            os.wait()
         from_first(None)
         before = peak()
-        model = make_model(Config(backbone=path, shard=cfg.shard).resolved(), rows, device).train()
+        model = train.make_model(train.Config(backbone=path, shard=cfg.shard).resolved(), rows, device).train()
         size = sum(p.numel() for p in model.parameters()) * 4 / 1e9
         wrapped = distribute(model, device, cfg.shard, None)
         loaded = peak()
         optimizer = torch.optim.AdamW(model.parameters(), 1e-5, fused=True)
         batch = pack(rows, model.processor)
-        pairwise_loss(wrapped(batch), batch.pairs).backward()
+        pairwise_loss(wrapped(batch)[0], batch.pairs).backward()
         optimizer.step()
         everyone = gather_objects((loaded - before, peak() - before))
         say(f"--shard {cfg.shard}: weights {size:.2f} GB; beyond {before:.2f} GB of Python and torch, at most (GB)")
         for rank, (of_loading, in_all) in enumerate(everyone):
             say(f"  rank {rank}: {of_loading:.2f} until distributed, {in_all:.2f} with a step of AdamW")
-        end_processes()
 
 
 if __name__ == "__main__":
     main(HfArgumentParser(Config).parse_args_into_dataclasses()[0])
+    train.end_processes()

@@ -7,8 +7,8 @@ it had before.
 
 A tiny Qwen2.5-VL widened to about 500 MB of fp32 weights, on CPUs: what a GPU would hold and what its host would hold
 add up here. A step adds the gradients and AdamW's two moments: three times a rank's share of the weights. Commit
-c69d86f, a busy machine, once, weights of 0.53 GB: --shard all 0.79 and 0.31 GB until the model is distributed, 1.32
-and 1.24 with a step; --shard none 1.05 and 2.15 on both ranks.
+37c7ae8, a busy machine, once, weights of 0.53 GB: --shard all 0.83 and 0.31 GB until the model is distributed, 1.26
+and 1.29 with a step; --shard none 1.05 and 2.15 on both ranks.
 """
 import os
 import resource

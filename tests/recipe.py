@@ -19,7 +19,7 @@ the cells take 19 minutes (commit 434d2e9, alone, the starts not counted) and on
 inside a prompt is harder for 1.7M parameters than scoring one, a thought errs before the verdict does, and 60 steps of
 GRPO are too few: at a rate of 5e-5 they move nothing beyond the spread (67.9 -> 65.2), at 2e-4 they teach the
 verdict's favourite place rather than the picture (60.9). Beside other work on two cores: Algorithm 1 23 minutes for
-two seeds, Tables 4 and 7 14 and 19, Table 6 20 for one seed.
+two seeds, Tables 4 and 7 14 and 19, Table 6 46 for three.
 """
 import argparse
 import contextlib

@@ -245,8 +245,8 @@ def place(rows, i: int) -> str:
     return rows.place(i) if isinstance(rows, Comparisons) else f"{rows[i].source} comparison {i + 1}".strip()
 
 def use_row(rows, i: int, use, on_bad_row="stop"):
-    """use(comparison i), as `encode` does. If it cannot be read, or that is a ValueError: BadRow with its place, raised,
-    or returned if it is to be skipped."""
+    """use(comparison i), as `encode` does. If it cannot be read, or that is a ValueError: BadRow with its place,
+    raised, or returned if it is to be skipped."""
     try:
         return use(rows[i])
     except ValueError as error:

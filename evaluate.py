@@ -575,7 +575,8 @@ def main(cfg: Config) -> None:
         if dist.get_rank() == 0:
             write_text(out / "predictions.jsonl", "".join(json.dumps(row) + "\n" for row in [facts, *found]))
             lost += [row["error"] for row in found if "error" in row]
-            if cfg.write_critiques:  # for a critic's head to train on: in use it reads its own (CLoud, 2408.11791)
+            if cfg.write_critiques and not (lost and cfg.on_bad_row == "stop"):
+                # for a critic's head to train on: in use it reads its own (CLoud, 2408.11791)
                 good = (row for row in found if "error" not in row)
                 write_comparisons(cfg.write_critiques, (
                     replace(rows[row["row"] - 1], critiques=row["critiques"][cfg.model[0]]) for row in good))

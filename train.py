@@ -26,6 +26,7 @@ import atexit
 import contextlib
 import io
 import json
+import logging
 import math
 import os
 import random
@@ -45,6 +46,7 @@ from typing import Literal
 import filelock
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -267,7 +269,6 @@ TINY = {"tiny": "qwen2_5_vl", "tiny-qwen2-vl": "qwen2_vl", "tiny-qwen3-vl": "qwe
 FREE = ("out", "overwrite", "resume", "eval_data", "eval_every", "save_every", "gradient_checkpointing", "shard",
         "on_bad_row")  # what a resumed run may change
 LOG2 = math.log(2)  # the loss of a model that knows nothing
-warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a first rank that saves or loads for all
 LOCK = ".run.lock"  # in a run folder while a run is under way, and after one that was killed
 
 # Processes -----------------------------------------------------------------------------------------------------------
@@ -280,7 +281,7 @@ def start_processes() -> torch.device:
         torch.cuda.set_device(local)
     if not dist.is_initialized():
         alone = {} if "WORLD_SIZE" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        patience = timedelta(hours=2)  # all ranks wait while the first writes a checkpoint, 93 GB for the 7B
+        patience = timedelta(hours=2)  # all ranks wait while a checkpoint is written, 93 GB for the 7B
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=patience, **alone)
         say(f"world size {dist.get_world_size()}, device {'cuda' if on_gpu else 'cpu'} ({gpus} GPUs in sight)")
     return torch.device("cuda", local) if on_gpu else torch.device("cpu")
@@ -538,6 +539,7 @@ def claim_folder(out: Path, overwrite: bool, resume: bool, made_by: str = "metri
     """Makes a run's folder ready, and locks it while this process lives: no run is overwritten by accident, nothing is
     deleted that a run did not make, and no two runs write into one folder. The first rank acts, the others wait.
     made_by: a file that only a run of this script leaves. Returns whether several ranks can write into it together."""
+    word = os.urandom(8).hex()  # in the lock: another's may have stayed on another disk
     if dist.get_rank() == 0:
         if overwrite and resume:
             raise ValueError("--overwrite and --resume contradict each other")
@@ -554,11 +556,12 @@ def claim_folder(out: Path, overwrite: bool, resume: bool, made_by: str = "metri
         except filelock.Timeout:
             raise ValueError(f"another process is writing into {out}; wait for it or choose another --out") from None
         atexit.register(lambda: Path(lock.lock_file).unlink(missing_ok=True))  # which also keeps hold of it until then
+        Path(lock.lock_file).write_text(word)
         for file in out.iterdir() if overwrite else ():
             if file.name != LOCK:  # it stays: a deletion that was killed can be taken up again
                 remove(file)
-    from_first(None)
-    shared = all(gather_objects((out / LOCK).exists()))
+    word = from_first(word)
+    shared = all(gather_objects((out / LOCK).exists() and (out / LOCK).read_text() == word))
     if not shared:
         say(f"{out} is not on a disk that all ranks share: what is written lies with the first rank")
     return shared and dist.get_world_size() > 1
@@ -567,41 +570,51 @@ def write_text(file, text: str) -> None:
     with replacing(file) as part:
         part.write_bytes(text.encode("utf-8", "replace"))
 
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a first rank that reads for all
+logging.getLogger("torch.distributed.checkpoint").setLevel(logging.CRITICAL)  # of tracebacks we make a line
+
 def checkpoints(out: Path) -> list[Path]:
     """The oldest first."""
-    return sorted(out.glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
+    found = {int(folder.name[11:]): folder for folder in out.glob("checkpoint-*") if folder.name[11:].isdigit()}
+    return [folder for _, folder in sorted(found.items())]
 
 def save_checkpoint(out: Path, optimizer, state: dict, in_parts: bool) -> None:
     """Writes what is trained and nothing else, as safetensors and JSON, into out/checkpoint-STEP, and keeps the last
     two; a kill at any moment leaves those before, or this one too. in_parts: each rank writes its own, and any number
     of ranks can read it; else the first gathers and writes all, also where the others do not see its disk.
     ValueError if a weight is not finite: what lies on the disk can be gone on from."""
+    if from_first((out / f"checkpoint-{state['step']}").exists()):  # gone on from, or written a moment ago
+        return
     first, tensors = dist.get_rank() == 0, tensors_of(optimizer)
     parts = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors.values()]
     if not gather([all(bool(part.isfinite().all()) for part in parts)]).all():
         raise ValueError(f"weights are not finite after step {state['step']} and not saved; start anew, lower --lr")
-    if not in_parts and dist.get_world_size() > 1:
-        tensors = gathered(tensors)
+    whole = {} if in_parts else gathered(tensors)
     with replacing(out / f"checkpoint-{state['step']}") if first else contextlib.nullcontext() as folder:
         folder = from_first(folder)
         try:
-            if in_parts or first:
+            if in_parts:
                 writer = HuggingFaceStorageWriter(folder, save_distributed=True)
-                dist.checkpoint.save(tensors, storage_writer=writer, no_dist=not in_parts)
+                dist.checkpoint.save(tensors, storage_writer=writer)
         except CheckpointException as error:
             raise OSError(str(error)[-80:])  # `replacing` says where
         if first:
+            folder.mkdir(exist_ok=True)
+            if not in_parts:
+                save_file(whole, folder / "whole.safetensors")
             (folder / "state.json").write_text(json.dumps(state))
     for old in [*checkpoints(out)[:-2], *out.glob(".checkpoint-*.partial")] if first else ():  # of a killed write
         remove(old)
+    from_first(None)  # no rank ends before: torchrun would then end the writer
 
 def tensors_of(optimizer) -> dict[str, torch.Tensor]:
     """This rank's parts of all that is trained, by name: weights, and what AdamW keeps of each, made if not there yet.
     Not copies: what is read into them is used. (Not the model's parameters: FSDP swaps those.)"""
     (group,), out = optimizer.param_groups, {}
     for name, p in zip(group["param_names"], group["params"]):
-        empty = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-        optimizer.state[p] = optimizer.state.get(p) or {"step": torch.zeros((), device=p.device)} | empty
+        if not optimizer.state.get(p):
+            optimizer.state[p] = {"step": torch.zeros((), device=p.device)}
+            optimizer.state[p] |= {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
         out |= {name: p.detach()} | {f"{name} {key}": value for key, value in optimizer.state[p].items()}
     return out
 
@@ -610,21 +623,22 @@ def load_checkpoint(out: Path, optimizer, settings: dict, free, in_parts: bool) 
     tells the others, which need not see its disk. ValueError if it cannot be read, or is another run's."""
     first, found = dist.get_rank() == 0, from_first([*checkpoints(out), *out.glob("summary.json")][-1:])
     if not found:
+        say(f"no checkpoint in {out}: from the beginning")
         return {}
     if found[0].name == "summary.json":
         raise ValueError(f"{out} holds a finished run: nothing to resume. Choose another --out, or --overwrite")
     saved = from_first(read_state(found[0] / "state.json", settings, free) if first else None)
-    tensors, reader = tensors_of(optimizer), HuggingFaceStorageReader(found[0])
+    tensors = tensors_of(optimizer)
+    own = in_parts or dist.get_world_size() == 1  # each rank reads what it needs; or the first reads all and tells
+    whole = tensors if own else {name: torch.empty(t.shape, dtype=t.dtype) for name, t in tensors.items() if first}
     try:
-        if in_parts or dist.get_world_size() == 1:
-            dist.checkpoint.load(tensors, storage_reader=reader, no_dist=not in_parts)
-        else:
-            whole = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in tensors.items() if first}
-            if first:
-                dist.checkpoint.load(whole, storage_reader=reader, no_dist=True)
-            fill(tensors, whole)
+        if whole:
+            reader = HuggingFaceStorageReader(found[0])
+            dist.checkpoint.load(whole, storage_reader=reader, no_dist=not in_parts)
     except (Exception, CheckpointException) as error:
         raise ValueError(f"{found[0]} does not fit this model: {' '.join(str(error).split())[-150:]}") from None
+    if not own:
+        fill(tensors, whole)
     say(f"going on from step {saved['step']}")
     return {name: saved[name] for name in ("step", "seconds")}
 

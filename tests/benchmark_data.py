@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -49,6 +50,14 @@ def write_source(file: Path, rows: int, jpegs: int) -> None:
             prompt = f"Question {i}: {texts[i % 1000][:150]}?"
             out.write(json.dumps({"id": str(i), "prompt": prompt, "chosen": f"{i} {texts[i * 7 % 1000]}",
                                   "rejected": texts[(i * 13 + 1) % 1000], "images": images}) + "\n")
+
+
+def convert(folder: Path, args) -> None:
+    start = time.time()
+    cfg = data.Config(source=[str(folder / "source.jsonl")], out=str(folder / "set"), workers=args.workers)
+    report, seconds = data.convert("pairs", cfg), time.time() - start
+    print(f"converted {report['comparisons']} in {seconds:.1f} s, {args.rows / seconds:.0f} rows/s, {resident()}",
+          flush=True)
 
 
 def encode_rows(rows) -> None:
@@ -92,19 +101,13 @@ def main() -> None:
         size = (folder / "source.jsonl").stat().st_size
         print(f"{args.rows} rows, {size / 1e9:.2f} GB; imports and all: {resident()}", flush=True)
 
-        start = time.time()
         if args.no_convert:
             (folder / "set").mkdir()
             os.rename(folder / "source.jsonl", folder / "set" / "comparisons.jsonl")
-        elif os.fork() == 0:  # in a process of its own, so that opening is measured without what conversion left behind
-            report = data.convert("pairs", data.Config(source=[str(folder / "source.jsonl")], out=str(folder / "set"),
-                                                       workers=args.workers))
-            seconds = time.time() - start
-            print(f"converted {report['comparisons']} in {seconds:.1f} s, {args.rows / seconds:.0f} rows/s, "
-                  f"{resident()}", flush=True)
-            os._exit(0)
-        else:
-            os.wait()
+        else:  # in a process of its own, so that opening is measured without what conversion left behind
+            converter = get_context("fork").Process(target=convert, args=(folder, args))
+            converter.start()
+            converter.join()
 
         start, cpu = time.time(), time.process_time()
         rows = data.read_comparisons(folder / "set")

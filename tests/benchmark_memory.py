@@ -15,6 +15,7 @@ import resource
 import sys
 import tempfile
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -40,18 +41,22 @@ def peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "linux" else 1e9)
 
 
+def make_backbone(path: str, width: int) -> None:
+    """In a process of its own, as its memory must not count; and which has none of its parent's threads."""
+    torch.set_num_threads(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    tiny_backbone(path, ["a b c"], width=width)
+
+
 def main(cfg: Config) -> None:
     device, rows = train.start_processes(), synthetic(4)
     first = dist.get_rank() == 0
     with tempfile.TemporaryDirectory() as folder:
         path = from_first(folder)
         if first:
-            if os.fork() == 0:  # in a process of its own: its memory must not count as this one's
-                torch.set_num_threads(1)  # it has none of its parent's threads
-                os.environ["TOKENIZERS_PARALLELISM"] = "false"
-                tiny_backbone(path, ["a b c"], width=cfg.width)
-                os._exit(0)
-            os.wait()
+            maker = get_context("fork").Process(target=make_backbone, args=(path, cfg.width))
+            maker.start()
+            maker.join()
         from_first(None)
         before = peak()
         model = train.make_model(train.Config(backbone=path, shard=cfg.shard).resolved(), rows, device).train()

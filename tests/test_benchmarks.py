@@ -1,7 +1,8 @@
-"""The benchmarks and the recipe still run, each in its smallest form: a figure whose command has rotted is no figure."""
+"""The benchmarks and the recipe still run, each in its smallest form: without its command a figure is no figure."""
 import json
 import re
 import runpy
+import signal
 import sys
 from concurrent.futures import Executor, Future
 
@@ -16,7 +17,6 @@ import benchmark_memory
 import recipe
 from conftest import ROOT, small_backbone
 from model import Processor
-
 
 
 class InTurn(Executor):
@@ -71,9 +71,9 @@ def test_rows_are_converted_opened_read_and_encoded(tmp_path, monkeypatch, capsy
     assert not (tmp_path / "images").exists()
 
 
-def test_a_table_of_the_recipe_is_made_from_its_commands_and_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
-    """A judge's row, whose orders and tokens are counted too. The scripts run in this process, which has torch loaded."""
-    asked = []
+def test_a_table_of_the_recipe_is_made_once_and_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
+    """A judge's row, whose orders and tokens are counted too. The scripts run in this process, which has torch."""
+    asked, before = [], signal.getsignal(signal.SIGINT)
 
     def script(here, name, *words):
         asked.append(name)
@@ -94,3 +94,4 @@ def test_a_table_of_the_recipe_is_made_from_its_commands_and_goes_on_where_it_wa
         assert asked == made
         assert "| judge, direct, untrained | 58.7 64.4 53.1 |" in capsys.readouterr().out
         asked.clear()
+    signal.signal(signal.SIGINT, before)  # see command_line

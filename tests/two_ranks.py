@@ -122,6 +122,28 @@ def of_rl_demo(here, words):
     two_ranks_rl.stop_and_resume(read_flags(rl_demo, words))
 
 
+def full_disk(here, rank):
+    """What is said and left where the second rank cannot write its part of the second checkpoint; and whether a folder
+    is shared, and one that only looks so."""
+    folders = [here / "shared", here / f"own-{rank}"]
+    folders[1].mkdir()
+    (folders[1] / train.LOCK).write_text("of a run that was killed")
+    shared = [train.claim_folder(folder, False, False) for folder in folders]
+    p = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([(f"of rank {rank}", p)], fused=True)
+    train.save_checkpoint(folders[0], optimizer, {"step": 1}, in_parts=True)
+    real = train.HuggingFaceStorageWriter.write_data
+    if rank == 1:
+        train.HuggingFaceStorageWriter.write_data = lambda *_: (_ for _ in ()).throw(OSError("No space left on device"))
+    try:
+        train.save_checkpoint(folders[0], optimizer, {"step": 2}, in_parts=True)
+    except OSError as error:
+        said = str(error)
+    train.HuggingFaceStorageWriter.write_data = real
+    dist.barrier()
+    return (said, [file.name for file in folders[0].glob("*checkpoint*")]), shared
+
+
 def of_train(here, told):
     rank, drawn = dist.get_rank(), told["drawn"]
     results = {"steps": [gradient(told["backbone"], drawn, shard=shard) for shard in ("none", "all")],
@@ -130,12 +152,20 @@ def of_train(here, told):
                              for name, writer in told["writers"].items()},
                "bf16": [rewards_in_bf16(told["backbone"], shard) for shard in ("none", "all")],
                "bf16 lora": [rewards_in_bf16(told["backbone"], shard, lora=4) for shard in ("none", "all")]}
+    results["full disk"] = full_disk(here, rank)
     cfg = Config(**told["config"])
-    status = [train.main(replace(cfg, out=str(here / "two")))]
-    # Sharded, told to stop on the second rank alone, and resumed; each rank has a disk of its own
-    sharded = replace(cfg, out=str(here / f"sharded-{rank}"), shard="all", eval_every=3)
+    # Told to stop on the second rank alone, and resumed
+    two = replace(cfg, out=str(here / "two"))
     if rank == 1:
         original, train.learning_rate = train.learning_rate, stop_after(2)
+    status = [train.main(two)]
+    if rank == 1:
+        train.learning_rate = original
+    status.append(train.main(replace(two, resume=True)))
+    # The same sharded; each rank has a disk of its own
+    sharded = replace(cfg, out=str(here / f"sharded-{rank}"), shard="all", eval_every=3)
+    if rank == 1:
+        train.learning_rate = stop_after(2)
     status.append(train.main(sharded))
     # The same on a disk that both see, left unfinished: each rank writes its part
     status.append(train.main(replace(sharded, out=str(here / "parts"), save_every=1)))

@@ -104,9 +104,9 @@ class Order:
             counts.append(pairs[rows])
         shuffle = torch.randperm(self.n_rows, generator=generator)
         names, counts = torch.cat(names)[shuffle], torch.cat(counts)[shuffle]
-        steps = torch.arange(self.steps_in_epoch)
+        steps = torch.arange(self.steps_in_epoch)  # one starts at the first row that has its share of pairs before it
         starts = torch.searchsorted(counts.cumsum(0) - counts, steps * int(counts.sum()) // len(steps))
-        starts = (starts - steps).cummax(0).values + steps  # each step has a row, even where one row would fill several
+        starts = (starts - steps).cummax(0).values + steps  # and each has a row, even where one row would fill several
         return names, torch.minimum(starts, self.n_rows - len(steps) + steps)
 
     def step(self, step: int) -> list[tuple[int, int]]:
@@ -124,8 +124,8 @@ class Order:
 VISUAL = ("colour", "shape", "count", "position", "describe")  # categories that cannot be answered without the image
 
 def synthetic(n: int, seed: int = 0, held_out: bool = False) -> list[Comparison]:
-    """n comparisons of coloured shapes on drawn pictures, and some on a text. Those `held_out`, for examinations, share
-    no box with the others, whatever the two seeds, and a picture but by a chance of one in millions."""
+    """n comparisons of coloured shapes on drawn pictures, and some on a text about a numbered box. Those `held_out`,
+    for examinations, never share a box with the others, whatever the two seeds, and almost never a picture."""
     return [synthetic_comparison(seed, i, held_out) for i in range(n)]
 
 def synthetic_comparison(seed: int, i: int, held_out: bool) -> Comparison:

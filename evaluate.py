@@ -14,6 +14,7 @@ OUT itself, if there are several folders, table.md and summary.json with the pap
 intervals, controls, the official grouping of VL-RewardBench. Which printed rows compare: see NOTES.
 """
 import base64
+import contextlib
 import io
 import json
 import math
@@ -56,7 +57,7 @@ def pair_events(rows, benchmark: str = ""):
         group, wider = row["category"] or "no category", [ALL]
         if group == ALL:
             group = "accuracy (a category)"
-        if benchmark == "vl-rewardbench":  # the paper's script looks for rlaif and rlhf, and does not find them
+        if benchmark == "vl-rewardbench":  # the paper's script has the case of two names wrong: they fall to general
             wider.append(f"{'general' if row['id'].startswith(('RLAIF', 'RLHF')) else group}, paper")
         if benchmark == "multimodal-rewardbench" and group.startswith("safety/"):
             wider = ["safety", ALL]
@@ -389,7 +390,9 @@ def score(cfg: "Config", device: torch.device):
         if cfg.write_critiques and paradigms != ["critic"]:
             raise ValueError(f"--write_critiques: {directory} is no critic and writes none")
         model.critiques_from, model.critique_tokens = cfg.critiques, cfg.critique_tokens or model.critique_tokens
-        score_folder(model.to(device), directory, takes, held, cfg, probe=False)
+        model.to(device)
+        if weighs:
+            score_folder(model, directory, takes, held, cfg, probe=False)
         for folder in folders:
             score_folder(model, directory, takes, folder, cfg, cfg.probe)
             if directory == models[-1]:
@@ -418,7 +421,7 @@ def summarise(benchmark: str, rows: list[dict]) -> dict:
         raise ValueError(f"not one of {len(rows)} rows could be scored; the first: {lost[0]['error'] if lost else ''}")
     prior = sum(row["category"] in SECTIONS["Prior Sets"] for row in good) if benchmark == "rewardbench" else 0
     return {"rows": len(good), "expected": BENCHMARKS.get(benchmark, len(rows) - prior) + prior,
-            "missing": f"one: {lost[0]['error']}" if lost else "the folder has no more",
+            "missing": f"the first: {lost[0]['error']}" if lost else "the folder has no more",
             "prompts": len({row["prompt"] for row in good}), "pairs": sum(len(row["pairs"]) for row in good),
             "verdicts": sum(1 for _ in margins(good)), "ties": sum(margin == 0 for _, _, _, margin in margins(good)),
             "figures": metrics(benchmark, good),
@@ -492,12 +495,13 @@ def page(title: str, sections: list[dict]) -> str:
     return PAGE.render(title=title, sections=sections).encode("utf-8", "replace").decode()
 
 def thumbnails(source) -> list[str]:
-    """The picture as a JPEG of at most 448 pixels in a data URI; of a video four frames."""
+    """The picture as a JPEG of at most 448 pixels in a data URI; of a video four frames; of a vanished one none."""
     out = []
-    for image in open_frames(source, 4):
-        image.thumbnail((448, 448))
-        image.save(file := io.BytesIO(), "JPEG", quality=82)
-        out.append(f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}")
+    with contextlib.suppress(ValueError):
+        for image in open_frames(source, 4):
+            image.thumbnail((448, 448))
+            image.save(file := io.BytesIO(), "JPEG", quality=82)
+            out.append(f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}")
     return out
 
 def mistakes(found: list[dict], rows, worst: int) -> tuple[list[dict], int]:
@@ -570,7 +574,7 @@ def main(cfg: Config) -> None:
     if cfg.write_critiques and (len(cfg.model) != 1 or len(cfg.data) != 1 or cfg.critiques == "given"
                                 or Path(cfg.write_critiques).exists()):
         raise ValueError("--write_critiques takes one critic (--model), one folder (--data), and a folder that is new")
-    device, texts, folders, values, lost = start_processes(), [], {}, {}, []
+    device, texts, folders, values, lost, failed = start_processes(), [], {}, {}, [], []
     for out, facts, found, rows in score(cfg, device):
         if dist.get_rank() == 0:
             write_text(out / "predictions.jsonl", "".join(json.dumps(row) + "\n" for row in [facts, *found]))
@@ -580,7 +584,11 @@ def main(cfg: Config) -> None:
                 good = (row for row in found if "error" not in row)
                 write_comparisons(cfg.write_critiques, (
                     replace(rows[row["row"] - 1], critiques=row["critiques"][cfg.model[0]]) for row in good))
-            folders[out.name], text = leave(out, facts, found, rows, cfg)
+            try:
+                folders[out.name], text = leave(out, facts, found, rows, cfg)
+            except ValueError as error:  # not one row of this folder can be scored; those of others may
+                failed.append(str(error))
+                continue
             say(f"{text}\n\nwrote it into {out}\n")
             texts.append(text)
             values |= {(facts["benchmark"], name): f["value"] for name, f in folders[out.name].items()}
@@ -591,6 +599,8 @@ def main(cfg: Config) -> None:
             say(texts[-1])
         write_text(out.parent / "table.md", "\n\n".join(texts) + "\n")
         write_text(out.parent / "summary.json", json.dumps({"averages": means, "folders": folders}, indent=1) + "\n")
+    if failed:
+        raise ValueError(failed[0])
     if lost and cfg.on_bad_row == "stop":  # a picture that is broken is found when it is its turn
         raise ValueError(f"{lost[0]}; the other rows are scored, and the tables say how many are missing")
 

@@ -77,7 +77,7 @@ class Encoded:
     prompt_ids: list[int]  # an image is one token for every 2 x 2 patches
     response_ids: list[list[int]]  # K lists, each ending with <|im_end|>
     pairs: list[tuple[int, int]]
-    pixel_values: torch.Tensor  # (P, channels*2*14*14), without a picture (0,); other families: see Family
+    pixel_values: torch.Tensor  # (P, channels * 2 frames * 14 * 14), without a picture (0,); or as its Family has it
     image_grid_thw: torch.Tensor  # (N, 3) moments, rows and columns of patches
     prompt_positions: torch.Tensor  # (3, tokens of the prompt)
     text_tokens: list[int] = ()  # K numbers: tokens of the text to learn at the end of each branch (section 7)
@@ -99,11 +99,11 @@ def encode(comparison: Comparison, processor: "Processor") -> Encoded:
     if images and processor.image_processor is None:
         raise ValueError(f"the prompt has {len(images)} images but the backbone is text-only")
     messages, family = to_messages(comparison.prompt, images), processor.family
-    read = [family.read(image, processor.image_processor) for image in images]
-    grids, marks = [grid for _, grids, _ in read for grid in grids], iter([mark for *_, mark in read])
+    read = [family.read(image, processor.image_processor) for image in images]  # (patches, grids, tokens) of each
+    grids, tokens = [grid for _, its_grids, _ in read for grid in its_grids], iter([its for *_, its in read])
     for message in messages:
         text = SPECIAL.sub("< ", message["content"])
-        message["content"] = family.mark.sub(lambda _: next(marks), text)
+        message["content"] = family.mark.sub(lambda _: next(tokens), text)
     if isinstance(comparison.responses, str):
         raise ValueError("the responses are one text, want a list of texts")
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -141,7 +141,7 @@ def mrope_positions(ids: list[int], grids: list, image_pad: int, video_pad: int,
         if ids[at] in (image_pad, video_pad):
             moments, rows, columns = next(grids)
             time = torch.arange(moments) * (video_step if ids[at] == video_pad else 1)
-            part = torch.cartesian_prod(time, torch.arange(rows // 2), torch.arange(columns // 2)).T
+            part = torch.cartesian_prod(time, torch.arange(rows // 2), torch.arange(columns // 2)).T  # of 2 x 2 patches
         else:
             words = next((i for i in range(at, len(ids)) if ids[i] in (image_pad, video_pad)), len(ids)) - at
             part = torch.arange(words).expand(3, words)
@@ -175,7 +175,7 @@ class Pack:
     pairs: torch.Tensor  # (B, 2) indices into the R responses
     pixel_values: torch.Tensor  # (P, channels*2*14*14)
     image_grid_thw: torch.Tensor  # (N, 3)
-    blocks: list[tuple]  # a comparison each: ([tokens of prompt, response 1 ...], branch_mask, or None if it is long)
+    blocks: list[tuple]  # for each comparison: ([number of tokens of prompt, response 1 ...], branch_mask; long: None)
 
     def to(self, device) -> "Pack":
         moved = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, torch.Tensor)}
@@ -234,7 +234,7 @@ def embed(backbone, pack: Pack) -> tuple[torch.Tensor, dict]:
     embeddings = backbone.get_input_embeddings()(ids)  # (T, D)
     if torch.is_autocast_enabled(embeddings.device.type):
         embeddings = embeddings.float()  # what flows between the layers is fp32, also where the weights are bf16
-    if not family.pads:
+    if not family.pads:  # it reads text alone
         return embeddings, {}
     pixels, grids = pack.pixel_values, pack.image_grid_thw
     if not len(grids):  # a blank image that stands nowhere, so that the vision tower runs on every rank: DDP waits for
@@ -246,7 +246,8 @@ def embed(backbone, pack: Pack) -> tuple[torch.Tensor, dict]:
     return embeddings.masked_scatter(of_image[:, None], features.to(embeddings.dtype)), options
 
 def hidden_states(backbone, pack: Pack) -> torch.Tensor:
-    """Final hidden states (T, D) of a pack. `attend` (below) attends within a comparison, under its branch_mask."""
+    """Final hidden states (T, D) of a pack. In the place of transformers' attention stands `attend`, below: each
+    comparison for itself, a short one under its branch_mask, a long one branch by branch, which gives the same."""
     no_mask = torch.zeros(1, 1, 1, 1, device=pack.input_ids.device)  # 4-D, so that transformers adds none of its own
     row, more = embed(backbone, pack)  # (T, D)
     out = decode(backbone, row[None], pack.positions[:, None], no_mask, blocks=pack.blocks, use_cache=False, **more)
@@ -278,8 +279,8 @@ def build_head(width: int, layers: int = 2, activation: str = "silu") -> nn.Sequ
 
 class RewardModel(nn.Module):
     """A backbone without its vocabulary head, and a small head that turns the end of a response into its reward: the
-    paper's naive paradigm, its pick. A critic has the vocabulary head too, a generative one has it alone (section 7).
-    Below the line: score_many, from_backbone, from_pretrained, save_pretrained."""
+    paper's naive paradigm (it writes nothing), its pick. A critic has the vocabulary head too, a generative one has it
+    alone (section 7). Below the line: score_many, from_backbone, from_pretrained, save_pretrained."""
 
     def __init__(self, lm, head: nn.Sequential | None, processor: "Processor", config: dict):
         super().__init__()
@@ -298,7 +299,7 @@ class RewardModel(nn.Module):
         cross_entropy = torch.zeros((), device=self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             hidden = hidden_states(self.backbone, pack)  # (T, D)
-            if self.head is None or self.lm_head is not None and self.training:  # a judge, or a critic that learns
+            if self.head is None or (self.lm_head is not None and self.training):  # a judge, or a critic that learns
                 keep = slice(None) if self.head is None else pack.text_weight > 0
                 logprobs = response_logprobs(self.lm_head, hidden, pack, keep)
                 cross_entropy = -(pack.text_weight[keep] * logprobs).sum()

@@ -105,12 +105,12 @@ def kl_estimate(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Ten
 
 def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantage, tokens, clip_eps=0.2, clip_eps_high=0.2, kl_coef=0.0,
               clamp_ratio=False):
-    """6  PPO's clipped objective with a KL term, summed and divided by the tokens of the step. Tensors are (tokens,).
+    """6  PPO's clipped objective, with a KL term if kl_coef, over the tokens of the step. Tensors are (tokens,).
     The smaller of the two products stops the pull on a token as soon as it has moved by eps in the direction that A
     wants; a token that moved the wrong way is pulled back in full.
-    >>> a, b = torch.tensor([0.5]).log(), torch.tensor([0.25]).log()        # the token is twice as likely now: rho = 2
-    >>> grpo_loss(a, b, a, torch.tensor([1.0]), 1).item(), grpo_loss(a, b, a, torch.tensor([-1.0]), 1).item()
-    (-1.2000000476837158, 2.0)"""
+    >>> new, old = torch.tensor([0.5]).log(), torch.tensor([0.25]).log()          # twice as likely now: rho = 2
+    >>> [grpo_loss(new, old, new, torch.tensor([advantage]), 1).item() for advantage in (1.0, -1.0)]
+    [-1.2000000476837158, 2.0]"""
     log_ratio = logprobs - old_logprobs
     ratio = torch.exp(log_ratio.clamp(math.log(1e-3), math.log(1e3)) if clamp_ratio else log_ratio)  # StableReinforce
     objective = torch.minimum(ratio * advantage, ratio.clamp(1 - clip_eps, 1 + clip_eps_high) * advantage)
@@ -124,7 +124,7 @@ def grpo_step(kind: str, step: int, prompts: list, policy: Policy, optimizer, ru
         group.advantages = group_advantages(group.rewards, cfg.no_std)      # 4  Advantages
     if cfg.drop_outliers:
         drop_outliers(groups)
-    batches, tokens = make_batches(groups, run)  # a batch is a micro-step; tokens: of all ranks
+    batches, tokens = make_batches(groups, run)  # micro-steps, each token with its rollout's A; tokens of all ranks
     norms = []
     policy.train()
     for number in range(cfg.passes if tokens else 0):
@@ -137,13 +137,13 @@ def grpo_step(kind: str, step: int, prompts: list, policy: Policy, optimizer, ru
                              cfg.clip_eps, cfg.clip_eps_high, cfg.kl_coef, cfg.clamp_ratio)  # 6  Loss
             loss.backward()
             batch.loss, batch.logprobs = loss.detach(), logprobs.detach()  # the last pass is logged
-        for p in policy.parameters():  # the ranks add up their gradients; one that had no batch adds nothing
+        for p in policy.parameters():  # the ranks' gradients are added up: the loss was divided by all their tokens
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             dist.all_reduce(p.grad)
         norms.append(float(torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.clip)))
         if math.isfinite(norms[-1]):  # the same on all ranks
             optimizer.step()                                                # 7  Update
-            tell_others(policy)
+            tell_others(policy)  # each rank has updated its share of the parameters
         policy.zero_grad()
     return metrics(groups, batches, tokens, norms, cfg)
 

@@ -62,13 +62,13 @@ from model import (CRITIQUE_TURN, Comparison, Pack, RewardModel, Score, answers_
 def main(cfg: "Config") -> int:
     # 1  Processes and seed
     begun, out, device = time.time(), Path(cfg.out), start_processes()
-    in_parts = claim_folder(out, cfg.overwrite, cfg.resume)
+    in_parts = claim_folder(out, cfg.overwrite, cfg.resume)  # whether each rank writes its part of a checkpoint
     torch.manual_seed(cfg.seed)
 
     # 2  Data: the sets to train on, how much of each, and what is held out
     sets, weights, held = open_data(cfg)
-    pairs = [rows.pairs for rows in sets] if cfg.data else [[len(comparison.pairs) for comparison in sets[0]]]
-    order = Order(pairs, weights, cfg.batch_size, cfg.seed)
+    pair_counts = [rows.pairs for rows in sets] if cfg.data else [[len(comparison.pairs) for comparison in sets[0]]]
+    order = Order(pair_counts, weights, cfg.batch_size, cfg.seed)
     steps = order.steps(cfg.epochs) if cfg.max_steps is None else cfg.max_steps
 
     # 3  Model: raw_model computes rewards, model is the same with an exchange of gradients around it
@@ -79,11 +79,11 @@ def main(cfg: "Config") -> int:
     # 4  Optimiser and resume
     trained = [(name, p) for name, p in raw_model.named_parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, cfg.lr, betas=(0.9, 0.99), weight_decay=cfg.weight_decay, fused=True)
-    rows = [len(rows) for rows in sets]
-    state = {"step": 0, "seconds": 0.0, "config": asdict(cfg) | {"rows of each set": rows}}
+    n_rows = [len(rows) for rows in sets]
+    state = {"step": 0, "seconds": 0.0, "config": asdict(cfg) | {"rows of each set": n_rows}}
     state |= load_checkpoint(out, optimizer, state["config"], FREE, in_parts) if cfg.resume else {}
     begun -= state["seconds"]
-    say(f"{json.dumps(asdict(cfg))}\n{sum(rows):,} comparisons, {len(held)} held out, {steps} steps; "
+    say(f"{json.dumps(asdict(cfg))}\n{sum(n_rows):,} comparisons, {len(held)} held out, {steps} steps; "
         f"log 2 = {LOG2:.3f} is the loss of knowing nothing")
 
     # 5  The loop: learning rate -> micro-steps -> clip -> step -> log -> evaluate -> checkpoint
@@ -97,7 +97,7 @@ def main(cfg: "Config") -> int:
             counts = gather([share.pairs, share.texts, share.tokens, share.bad_rows, share.too_long,
                              len(share.packs), stop]).long()
             pairs, texts, tokens, bad_rows, too_long, packs = counts[:, :6].sum(dim=0).tolist()
-            micro_steps, status = counts[:, 5:].amax(dim=0).tolist()  # largest: packs of a rank, reason to stop
+            micro_steps, status = counts[:, 5:].amax(dim=0).tolist()  # the largest: packs again, and reason to stop
             if status:
                 break
             optimizer.param_groups[0]["lr"] = lr = learning_rate(share.step, steps, cfg)
@@ -176,7 +176,8 @@ def take_step(model, optimizer, packs: list[Pack], filler: Pack, micro_steps: in
         wait = isinstance(model, DistributedDataParallel) and micro_step < micro_steps - 1
         with model.no_sync() if wait else contextlib.nullcontext():  # DDP exchanges gradients once, at the end
             rewards, cross_entropy = model(batch)  # (R,), and () of critiques or thoughts, 0 without
-            loss = pairwise_loss(rewards, batch.pairs, cfg.zero_coef, cfg.length_norm, batch.response_length, pairs)
+            loss = pairwise_loss(rewards, batch.pairs, cfg.zero_coef, cfg.length_norm, batch.response_length,
+                                 pairs_in_step=pairs)
             loss = loss + cfg.critique_coef * cross_entropy / max(texts, 1)
             (loss * world_size * own).backward()
         if own:
@@ -575,7 +576,7 @@ logging.getLogger("torch.distributed.checkpoint").setLevel(logging.CRITICAL)  # 
 
 def checkpoints(out: Path) -> list[Path]:
     """The oldest first."""
-    found = {int(folder.name[11:]): folder for folder in out.glob("checkpoint-*") if folder.name[11:].isdigit()}
+    found = {int(folder.name[11:]): folder for folder in out.glob("checkpoint-*/") if folder.name[11:].isdigit()}
     return [folder for _, folder in sorted(found.items())]
 
 def save_checkpoint(out: Path, optimizer, state: dict, in_parts: bool) -> None:
@@ -602,10 +603,14 @@ def save_checkpoint(out: Path, optimizer, state: dict, in_parts: bool) -> None:
             folder.mkdir(exist_ok=True)
             if not in_parts:
                 save_file(whole, folder / "whole.safetensors")
-            (folder / "state.json").write_text(json.dumps(state))
+            (folder / "state.json").write_text(json.dumps(state | {"bytes": bytes_of(folder)}))
     for old in [*checkpoints(out)[:-2], *out.glob(".checkpoint-*.partial")] if first else ():  # of a killed write
         remove(old)
     from_first(None)  # no rank ends before: torchrun would then end the writer
+
+def bytes_of(folder: Path) -> dict[str, int]:
+    """Of a file that is missing, or is one too many, the reader would say nothing: it takes what it finds."""
+    return {file.name: file.stat().st_size for file in sorted(folder.glob("*.safetensors"))}
 
 def tensors_of(optimizer) -> dict[str, torch.Tensor]:
     """This rank's parts of all that is trained, by name: weights, and what AdamW keeps of each, made if not there yet.
@@ -627,7 +632,10 @@ def load_checkpoint(out: Path, optimizer, settings: dict, free, in_parts: bool) 
         return {}
     if found[0].name == "summary.json":
         raise ValueError(f"{out} holds a finished run: nothing to resume. Choose another --out, or --overwrite")
-    saved = from_first(read_state(found[0] / "state.json", settings, free) if first else None)
+    saved = read_state(found[0] / "state.json", settings, free) if first else {}
+    if first and saved.get("bytes") != bytes_of(found[0]):
+        raise ValueError(f"{found[0]} is damaged; remove it, and --resume goes on from what was before it")
+    saved = from_first(saved)
     tensors = tensors_of(optimizer)
     own = in_parts or dist.get_world_size() == 1  # each rank reads what it needs; or the first reads all and tells
     whole = tensors if own else {name: torch.empty(t.shape, dtype=t.dtype) for name, t in tensors.items() if first}
@@ -649,7 +657,8 @@ def read_state(file: Path, settings: dict, free=()) -> dict:
         saved = json.loads(file.read_bytes())
         saved |= {"step": int(saved["step"]), "seconds": float(saved["seconds"]), "config": dict(saved["config"])}
     except Exception as error:  # damaged, or foreign
-        raise ValueError(f"{file} cannot be read ({str(error)[:100]}); start anew with --overwrite") from None
+        mend = f"remove {file.parent}" if file.name == "state.json" else "start anew with --overwrite"
+        raise ValueError(f"{file} cannot be read ({str(error)[:100]}); {mend}") from None
     old = saved["config"]
     changed = [f"{name} was {old[name]!r}, is {settings[name]!r}" for name in old
                if name in settings and name not in free and settings[name] != old[name]]
@@ -757,10 +766,10 @@ def report(out: Path, model: RewardModel, held: list[Comparison], begun: float, 
         model.save_pretrained(out, merged(weights))
         loss = {"training loss": curve(log, "loss")} | ({"of texts": curve(log, "text_loss")} if texts else {})
         right = {"training pairs": curve(log, "accuracy"), "held out": curve(log, "eval_accuracy")}
-        write_text(out / "summary.json", json.dumps(summary | {"config": asdict(cfg)}, indent=1) + "\n")
         draw_curves(out / "curve.svg", str(out), [
             ("loss", loss, {"log 2": LOG2}, None), ("accuracy", right, {"chance": 0.5}, 1),
             ("margin", {"mean margin": curve(log, "margin")}, {}, None)])
+        write_text(out / "summary.json", json.dumps(summary | {"config": asdict(cfg)}, indent=1) + "\n")
         for old in checkpoints(out):
             remove(old)
     say("\n".join(f"  {name:<26}{value}" for name, value in summary.items()))
@@ -818,8 +827,9 @@ def command_line(main, Config, script: str) -> None:
     status = 1
     try:
         (cfg,) = HfArgumentParser(Config, prog=script, exit_on_error=False).parse_args_into_dataclasses()
-        status = main(cfg.resolved() if hasattr(cfg, "resolved") else cfg) or 0
+        ended = main(cfg.resolved() if hasattr(cfg, "resolved") else cfg) or 0
         end_processes()
+        status = ended
     except (ValueError, OSError, argparse.ArgumentError) as error:
         complain(script, str(error))
     except RuntimeError as error:

@@ -488,7 +488,7 @@ def test_missing_rows_are_in_the_first_line_of_the_table_with_their_own_reason(m
     assert [row["row"] for row in rows if "error" in row] == [20, 21]
     assert "comparisons.jsonl:21" in rows[20]["error"] and Path(broken).name in rows[20]["error"]
     assert all(("removed" in row) == ("shuffled" in row) == bool(row.get("images")) for row in rows)
-    assert (tmp_path / "out" / "data" / "table.md").read_text().startswith("data (comparisons): 19 OF 21 ROWS (one: ")
+    assert (tmp_path / "out" / "data" / "table.md").read_text().startswith("data (comparisons): 19 OF 21 ROWS (the first: ")
     assert "<h1>eyes on data (comparisons): 19 OF 21 ROWS" in (tmp_path / "out" / "data" / "report.html").read_text()
     (data / "comparisons.jsonl").write_text("\n".join([lines[-2], *(line for line in lines if broken in line)]))
     with pytest.raises(ValueError, match=r"comparisons.jsonl:2: .*image.*; the other rows are scored"):
@@ -611,6 +611,30 @@ def test_a_video_is_shown_by_four_of_its_frames(tmp_path):
         Image.new("RGB", (900, 300)).save(tmp_path / f"{i}.png")
     pictures = evaluate.thumbnails(str(tmp_path))
     assert len(pictures) == 4 and all(uri.startswith("data:image/jpeg;base64,") for uri in pictures)
+
+
+def test_what_vanishes_while_models_score_costs_nothing_else(models, few, tmp_path, monkeypatch):
+    """The pictures of a whole folder, and one of another after it was scored: both are said, the rest is there."""
+    for name in ("gone", "thin"):
+        shutil.copytree(few, tmp_path / name)
+    lines = (tmp_path / "gone" / "comparisons.jsonl").read_text().splitlines()
+    pictured = [line for line in lines if "images/" in line]
+    (tmp_path / "gone" / "comparisons.jsonl").write_text("\n".join(pictured))
+    shutil.rmtree(tmp_path / "gone" / "images")
+    real = evaluate.summarise
+
+    def then_vanish(benchmark, rows):
+        if len(rows) == 12:
+            shutil.rmtree(tmp_path / "thin" / "images")
+        return real(benchmark, rows)
+
+    monkeypatch.setattr(evaluate, "summarise", then_vanish)
+    settings = dict(model=[str(models / "eyes")], data=[str(tmp_path / "gone"), str(tmp_path / "thin")], probe=False)
+    with pytest.raises(ValueError, match=f"not one of {len(pictured)} rows could be scored"):
+        main(Config(out=str(tmp_path / "out"), on_bad_row="skip", **settings))
+    report = (tmp_path / "out" / "thin" / "report.html").read_text()
+    assert "12 rows" in report and "<article" in report and "data:image" not in report
+    assert (tmp_path / "out" / "gone" / "predictions.jsonl").exists()
 
 
 def test_the_command_ends_with_one_line_and_a_code(tmp_path, monkeypatch, capsys):

@@ -428,6 +428,19 @@ def test_the_loss_of_a_rank_is_one_line_and_the_last_word_of_the_others(of_two):
     assert last.startswith("train.py: another rank ended (its message is above)") and "Traceback" not in of_two[3]
 
 
+def test_a_rank_that_is_lost_at_the_very_end_is_no_success(monkeypatch, capsys):
+    def lost():
+        raise RuntimeError("gloo: Connection closed by peer")
+
+    monkeypatch.setattr(train, "end_processes", lost)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit) as end:
+        train.command_line(lambda cfg: 0, Config, "train.py")
+    signal.signal(signal.SIGINT, before)
+    assert end.value.code == 1 and "another rank ended" in capsys.readouterr().err
+
+
 def test_signals_are_noted_in_the_loop_and_end_the_process_at_once_outside_of_it():
     """And a SIGHUP that nohup has the process ignore stays ignored."""
     numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
@@ -462,14 +475,23 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_a_damaged_one_is_one_line(
     with pytest.raises(OSError, match="No space.* is the disk full"):
         main(cfg)
     assert [name for name in os.listdir(cfg.out) if "checkpoint" in name] == ["checkpoint-2"]
-    for name in ("checkpoint-old", "checkpoint-7.bak", ".checkpoint-9.partial"):
+    for name in ("checkpoint-old", "checkpoint-7.bak", "checkpoint-best-4", ".checkpoint-9.partial"):
         Path(cfg.out, name).mkdir()
+    Path(cfg.out, "checkpoint-8").touch()
     (file,) = Path(cfg.out, "checkpoint-2").glob("*.safetensors")
-    other = {name: w for name, w in load_file(file).items() if not name.startswith("head.0.weight")}
-    for write in (lambda: save_file(other, file), lambda: os.truncate(file, 1000), lambda: os.truncate(file, 0)):
+    other = {name: torch.zeros(3) if name == "head.0.weight" else w for name, w in load_file(file).items()}
+    state = json.loads(file.with_name("state.json").read_text())
+
+    def other_model():
+        save_file(other, file)
+        file.with_name("state.json").write_text(json.dumps(state | {"bytes": train.bytes_of(file.parent)}))
+
+    for write, words in ((other_model, "does not fit this model"), (lambda: os.truncate(file, 1000), "is damaged"),
+                         (lambda: shutil.copy(file, f"{file}.safetensors"), "is damaged"),
+                         (lambda: [f.unlink() for f in file.parent.glob("*.safetensors")], "is damaged")):
         write()
         capfd.readouterr()
-        with pytest.raises(ValueError, match="checkpoint-2 does not fit this model") as error:
+        with pytest.raises(ValueError, match=f"checkpoint-2 {words}") as error:
             main(replace(cfg, resume=True))
         assert len(str(error.value)) < 400 and "Traceback" not in "".join(capfd.readouterr())
 
@@ -503,9 +525,9 @@ def test_a_failure_after_the_last_step_loses_no_step(cfg, monkeypatch):
 
 def test_a_gradient_that_is_not_finite_skips_the_step_and_ten_in_a_row_end_the_run(cfg, monkeypatch, capsys):
     def poisoned(steps):
-        def loss(*arguments):
+        def loss(*arguments, **named):
             made.append(1)
-            return real(*arguments) * (math.nan if len(made) - 1 in steps else 1.0)
+            return real(*arguments, **named) * (math.nan if len(made) - 1 in steps else 1.0)
         return loss
 
     real, made, one_pack = train.pairwise_loss, [], replace(cfg, pack_tokens=4096)
@@ -635,13 +657,13 @@ def test_only_what_a_run_made_is_deleted_also_after_a_kill_in_the_midst(tmp_path
 
 @pytest.mark.parametrize("content", [
     b"", b"no JSON", b"{}", b"[1, 2]", b'{"step": "one", "config": {}, "seconds": 0}', b'{"step": 1, "config": 5}',
-    b'{"step": 1, "seconds": 0, "config": {}}'])
+    b'{"step": 1, "seconds": 0, "config": {}, "bytes": {"whole.safetensors": 7}}'])
 def test_a_broken_checkpoint_is_one_line(cfg, content):
     folder = Path(cfg.out, "checkpoint-1")
     folder.mkdir(parents=True)
     Path(cfg.out, "metrics.jsonl").touch()
     (folder / "state.json").write_bytes(content)
-    with pytest.raises(ValueError, match="cannot be read|does not fit") as error:
+    with pytest.raises(ValueError, match="cannot be read.*; remove|is damaged; remove") as error:
         main(replace(cfg, resume=True))
     assert len(str(error.value)) < 400
 

@@ -186,11 +186,11 @@ PUBLISHED = {"vl-rewardbench": """
 GPT-4o (2024-08-06) [a]             | 49.10 67.60 70.50 65.80 62.40
 Claude-3.7-Sonnet [c]               | 68.08 70.70 60.81 66.31 66.53
 IXC-2.5-Reward 7B [a]               | 84.70 62.50 62.90 65.80 70.00
-MM-RLHF-Reward 7B [b]               | 45.04 50.45 57.55 50.15 51.01
-R1-Reward 7B [b]                    | 63.84 85.71 64.78 71.92 71.44
-BaseReward (Qwen2-VL) 7B [b d e]    | 62.12 84.82 82.64 78.53 76.53
-BaseReward (Qwen2.5-VL) 7B [b d]    | 68.55 92.19 81.82 82.16 80.85
-BaseReward (ensemble) 7B+7B [b d e] | 71.67 91.74 85.33 84.41 82.91""", "multimodal-rewardbench": """
+MM-RLHF-Reward 7B [b]               | - - - 50.15 - 45.04 50.45 57.55 51.01
+R1-Reward 7B [b]                    | - - - 71.92 - 63.84 85.71 64.78 71.44
+BaseReward (Qwen2-VL) 7B [b d e]    | - - - 78.53 - 62.12 84.82 82.64 76.53
+BaseReward (Qwen2.5-VL) 7B [b d]    | - - - 82.16 - 68.55 92.19 81.82 80.85
+BaseReward (ensemble) 7B+7B [b d e] | - - - 84.41 - 71.67 91.74 85.33 82.91""", "multimodal-rewardbench": """
 GPT-4o [a]                      | 70.8 62.6 69.0 72.0 67.6 62.1 74.8 87.2
 Claude 3.7 Sonnet [a]           | 71.9 58.4 60.7 78.1 76.3 71.3 72.0 86.8
 MM-RLHF-Reward 7B [a]           | 67.1 61.7 67.5 54.3 58.4 57.9 92.9 76.8
@@ -210,8 +210,7 @@ BaseReward (ensemble) 7B+7B    | 88.10 100.00 97.06 87.50 92.00 92.94 80.43"""}
 
 # What keeps them from being on one footing: arithmetic over the public ids, done again by tests/test_evaluate.py
 NOTES = {"vl-rewardbench": [
-    "This model's first columns compare with rows [a], those that say `paper` with [b] (mind [d] and [e]); with all "
-    "others overall alone.",
+    "What stands in one column compares, but for [c], [d] and [e]: there overall alone.",
     "[a] grouped as the official script does: 183 general, 749 hallucination, 318 reasoning.   [b] grouped as that of "
     "R1-Reward, which looks for rlhf and rlaif where the ids have RLHF and RLAIF: 484, 448, 318.   [c] fits neither.",
     "[d] printed with two columns exchanged: 318 rows stand under general, 484 under reasoning.   [e] scored on 1,225 "
@@ -436,7 +435,7 @@ def tables(summary: dict, benchmark: str, name: str) -> tuple[list, list]:
             for row, form in zip((name, "95% interval", "n"), forms)]
     blocks = [(found[main_figure]["value"] if main_figure in found else -1.0, ours)]
     for line in PUBLISHED.get(benchmark, "").splitlines()[1:]:
-        row, values = line.split("|")[0].strip(), line.split("|")[1].split()
+        row, values = line.split("|")[0].strip(), [value.strip("-") for value in line.split("|")[1].split()]
         blocks.append((float(values[names.index(main_figure)]), [[row, *values, *[""] * (len(names) - len(values))]]))
     first = sum((block for _, block in sorted(blocks)), [["model", *names]])
     rest = [[measure, *(form.format(**f) for form in forms)] for measure, f in summary["beyond"].items()]
@@ -463,7 +462,7 @@ article { display: flex; flex-wrap: wrap; align-items: start; gap: 1em; padding:
 article { border: var(--line) } article img { width: 15em } article div { flex: 1 1 20em; min-width: 0 }
 .answers { display: grid; gap: 1em; grid-template-columns: repeat(auto-fit, minmax(min(26em, 100%), 1fr)) }
 .answers > div { border-top: 3px solid #8886 } .answers > .chosen { border-color: #2b9a5f }
-.answers > .rejected { border-color: #dc4448 } .text, pre { white-space: pre-wrap; max-height: 20em; overflow-y: auto }
+.answers > .rejected { border-color: #dc4448 } .text { white-space: pre-wrap; max-height: 20em; overflow-y: auto }
 h1 { font-size: 1.4em } </style><h1>{{ title }}</h1>
 {% for section in sections %}
 {% if section.heading %}<h2>{{ section.heading }}</h2>{% endif %}
@@ -482,7 +481,6 @@ document.querySelectorAll('article')) card.hidden = value && card.dataset.catego
 <div><b>{{ card.facts | join(" · ") }}</b><div class="text">{{ card.text }}</div><div class="answers">
 {% for answer in card.answers %}<div class="{{ answer.name }}"><div class="soft">{{ answer.facts | join(" · ") }}</div>
 <div class="text">{{ answer.text }}</div></div>{% endfor %}</div></div></article>{% endfor %}
-{% if section.pre %}<pre>{{ section.pre }}</pre>{% endif %}
 {% endfor %}</html>
 """)
 
@@ -491,7 +489,7 @@ def page(title: str, sections: list[dict]) -> str:
 
     A section's keys, each optional, in the order they are shown: heading; text, paragraphs; table, rows of strings;
     bold, the first cell of a row to stress; html, Markup; cards, with a filter of them: {category, pictures
-    (data URIs), facts, text, answers: [{name (chosen is green, rejected red), facts, text}]}; pre, a text as it is."""
+    (data URIs), facts, text, answers: [{name (chosen is green, rejected red), facts, text}]}."""
     return PAGE.render(title=title, sections=sections).encode("utf-8", "replace").decode()
 
 def thumbnails(source) -> list[str]:

@@ -59,10 +59,10 @@ from transformers.hf_argparser import HfArg
 from data import BadRow, Order, read_comparisons, synthetic, use_row
 from evaluate import markdown, page, receipt, thumbnails
 from model import (Policy, RewardModel, class_that_writes, encode, fill_packs, generate, pack, quicken_vision,
-                   recompute_activations, remove)
-from train import (check_numbers, checkpoints, claim_folder, command_line, complain, curve, draw_curves, from_first,
-                   gather, gather_objects, load_checkpoint, open_log, read_log, read_state, save_checkpoint, say,
-                   spread, start_processes, stop_signals, write_text)
+                   recompute_activations)
+from train import (check_numbers, claim_folder, command_line, complain, curve, draw_curves, from_first, gather,
+                   gather_objects, load_checkpoint, open_log, read_log, read_state, remove_checkpoints,
+                   save_checkpoint, say, spread, start_processes, stop_signals, write_text)
 
 # 3  Rewards R (G,) of a group, the G rollouts of one prompt; what else it has, `roll_out` says
 def rule(group):
@@ -393,8 +393,7 @@ def grpo(kind: str, start, run) -> int:
         if judge.exists() and json.loads(judge.read_bytes()).get("paradigm") in ("direct", "think"):
             shutil.copy(judge, folder / "policy")  # it was a judge, and still is
         write_text(folder / "result.json", json.dumps(exam) + "\n")
-        for old in checkpoints(folder):
-            remove(old)
+        remove_checkpoints(folder)
     say(f"{kind}: true accuracy {percent(figures(exam))} percent after {step} steps, {exam['seconds']:.0f} s")
     return 0
 
@@ -571,6 +570,8 @@ def main(cfg: Config) -> int:
         elif status := grpo(kind, start, run):
             return status
     if dist.get_rank() == 0:
+        for kind in cfg.reward:
+            remove_checkpoints(out / kind)  # of a reward that was killed at its very end
         print(f"\n{write_report(out, held, cfg, device)}\n\nopen {out / 'index.html'} in a browser")
     return 0
 

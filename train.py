@@ -608,6 +608,10 @@ def save_checkpoint(out: Path, optimizer, state: dict, in_parts: bool) -> None:
         remove(old)
     from_first(None)  # no rank ends before: torchrun would then end the writer
 
+def remove_checkpoints(out: Path) -> None:
+    for old in checkpoints(out):
+        remove(old)
+
 def bytes_of(folder: Path) -> dict[str, int]:
     """Of a file that is missing, or is one too many, the reader would say nothing: it takes what it finds."""
     return {file.name: file.stat().st_size for file in sorted(folder.glob("*.safetensors"))}
@@ -631,6 +635,8 @@ def load_checkpoint(out: Path, optimizer, settings: dict, free, in_parts: bool) 
         say(f"no checkpoint in {out}: from the beginning")
         return {}
     if found[0].name == "summary.json":
+        if first:
+            remove_checkpoints(out)  # of a run that was killed at its very end
         raise ValueError(f"{out} holds a finished run: nothing to resume. Choose another --out, or --overwrite")
     saved = read_state(found[0] / "state.json", settings, free) if first else {}
     if first and saved.get("bytes") != bytes_of(found[0]):
@@ -770,8 +776,7 @@ def report(out: Path, model: RewardModel, held: list[Comparison], begun: float, 
             ("loss", loss, {"log 2": LOG2}, None), ("accuracy", right, {"chance": 0.5}, 1),
             ("margin", {"mean margin": curve(log, "margin")}, {}, None)])
         write_text(out / "summary.json", json.dumps(summary | {"config": asdict(cfg)}, indent=1) + "\n")
-        for old in checkpoints(out):
-            remove(old)
+        remove_checkpoints(out)
     say("\n".join(f"  {name:<26}{value}" for name, value in summary.items()))
     if shuffled:
         say(f"with the images shuffled: {'one half for a model that looks' if drawn else 'what the texts alone tell'}")

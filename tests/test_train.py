@@ -350,10 +350,12 @@ def test_a_run_leaves_a_reward_model_its_log_and_a_summary(cfg, monkeypatch, cap
     assert len(RewardModel.from_pretrained(out).score("What?", ["a", "b", "c"])) == 3
     assert not [name for name in os.listdir(out) if "checkpoint" in name]
     assert find_spec("matplotlib") is None or "mean margin" in open(f"{out}/curve.svg").read()
+    os.mkdir(f"{out}/checkpoint-6")  # as of a run that was killed at its very end
     for change, words in [({}, "not empty"), ({"resume": True}, "finished run"),
                           ({"resume": True, "overwrite": True}, "contradict")]:
         with pytest.raises(ValueError, match=words):
             main(replace(cfg, **change))
+    assert not os.path.exists(f"{out}/checkpoint-6")
     assert main(replace(cfg, overwrite=True, max_steps=0)) == 0  # the untrained model
     assert summary_of(out)["pairs_seen"] == 0 and RewardModel.from_pretrained(out)
 

@@ -387,13 +387,12 @@ def grpo(kind: str, start, run) -> int:
         say(f"rl_demo.py: {why}{step} steps under {kind} are saved in {folder}; go on with --resume", sys.stderr)
         return status
     exam = examine(policy.eval(), run) | {"seconds": round(time.time() - began, 1)}
-    if dist.get_rank() == 0:  # who finds result.json finds all; only then the checkpoint goes
+    if dist.get_rank() == 0:  # who finds result.json finds all; only then the checkpoints go, in main
         policy.save_pretrained(folder / "policy")
         judge = Path(start) / "reward_config.json"
         if judge.exists() and json.loads(judge.read_bytes()).get("paradigm") in ("direct", "think"):
             shutil.copy(judge, folder / "policy")  # it was a judge, and still is
         write_text(folder / "result.json", json.dumps(exam) + "\n")
-        remove_checkpoints(folder)
     say(f"{kind}: true accuracy {percent(figures(exam))} percent after {step} steps, {exam['seconds']:.0f} s")
     return 0
 
@@ -569,9 +568,9 @@ def main(cfg: Config) -> int:
             say(f"{kind}: done before")
         elif status := grpo(kind, start, run):
             return status
+        if dist.get_rank() == 0:
+            remove_checkpoints(out / kind)
     if dist.get_rank() == 0:
-        for kind in cfg.reward:
-            remove_checkpoints(out / kind)  # of a reward that was killed at its very end
         print(f"\n{write_report(out, held, cfg, device)}\n\nopen {out / 'index.html'} in a browser")
     return 0
 

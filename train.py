@@ -335,6 +335,7 @@ def distribute(model: RewardModel, device: torch.device, shard: str, product_dty
     mesh = dist.init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
     exact = MixedPrecisionPolicy(cast_forward_inputs=False)
     products = MixedPrecisionPolicy(product_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+
     def tensors():  # weights and buffers: those of RoPE are in no state dict
         return dict(model.named_parameters()) | dict(model.named_buffers())
 

@@ -1,5 +1,5 @@
-"""Pairs a second of the pack (each prompt once) against the stock way (one padded row per response, the image encoded
-for each), in one run.
+"""Pairs a second of the pack (each prompt once) against separate rows (model.run_rows: one padded row per response,
+the image still encoded once) and the stock way (one padded row per response, the image encoded for each), in one run.
 
     python tests/benchmark.py --mode score                                 two CPU cores, the tiny shape
     python tests/benchmark.py --mode train --k 4                           forward and backward; stock: 6 pairs x 2 rows
@@ -7,17 +7,47 @@ for each), in one run.
                                                                            bf16, on CUDA
     python tests/benchmark.py --mode train --width 512 --layers 8          a tiny shape of another size
 
-Both ways get the same comparisons and must give the same rewards (train: also the same gradients) before anything is
+All ways get the same comparisons and must give the same rewards (train: also the same gradients) before anything is
 timed; then they take turns, and medians are compared. One prompt has `--prompt_tokens` tokens, of which
 `--image_tokens` are one image's, and K responses. The stock way takes K rows for K responses when it scores, and two
 rows for each of the K (K - 1) / 2 pairs when it trains, as trainers of preference pairs do. Weights and tokens are
-random: speed does not depend on what they say.
+random: speed does not depend on them.
 
 Beside the ratio stands its limit: the ratio of the operations of the two ways, counted from the shapes: 2 a weight and
-token, in the decoder and in the vision tower, and 4 a width for every key that a query looks at. Padding, mask tables
-and small calls are not in it, so the ratio may pass it. At width 512 it was 98 to 105% of the limit (README.md); at
-width 128 (commit 9bee5b8, two shared cores, one thread) train K = 2, 4 gave 1.73 of 1.68 and 7.25 of 7.67, score K = 2,
-8 1.65 of 1.68 and 3.82 of 3.45: small products leave more to everything else.
+token, in the decoder and in the vision tower, and 4 a width for every key that a query attends to. Padding, mask
+tables and small calls are not counted, so the ratio can exceed the limit.
+
+Measured, two shared CPU cores, `OMP_NUM_THREADS=1 python tests/benchmark.py --width 512 --repetitions 3 ...`, torch
+2.13, transformers 5.23, fp32, commit 448e160, medians of 3 turns; prompts of 1,024 tokens, responses of 256:
+
+    flags                             ratio  limit
+    --mode train                       1.78   1.75
+    --mode train --k 4 --comparisons 1 8.25   8.39
+    --mode score                       1.84   1.75
+    --mode score --k 4                 2.80   2.80
+    --mode score --k 8                 4.06   3.99
+
+Separate rows (a busy machine, one thread, width 128, 3 repetitions): the pack is 1.5 times as fast as they are, both
+with --mode score and with --mode train --k 4 --comparisons 1; the latter's ratio to the stock way is then 6.5 of 7.7.
+
+At width 128 (commit 9bee5b8, one thread) train K = 2, 4 gave 1.73 of 1.68 and 7.25 of 7.67, score K = 2, 8 1.65 of
+1.68 and 3.82 of 3.45: small products leave more to everything else.
+
+The default run on two cores (commit 4920caa): a step takes some 0.16 s (940 steps, three seeds), a quarter of it
+reading (60 steps); of the rest half of the CPU time is matrix products (torch's profiler, one thread, 12 steps).
+`python evaluate.py --model runs/seed-0`, 800 comparisons in three passes: 15 and 19 s (commits f10f069 and ec5a860,
+once each).
+
+The paper's run by arithmetic, not run. A pair of 1,600 tokens (800 of an image, two responses of 250) is 77 TFLOP:
+decoder 6 x 6.53e9 x 1,600 = 62.7, vision 12.7, attention 1.3. 64 GPUs at 40% of 989 TFLOP/s, with 400 Gb/s each between
+nodes and 450 GB/s (NVLink) within one; 128 pairs a step:
+
+    per step                                    seconds      hours for 21,875 steps
+    arithmetic                                   0.39         2.4
+    --shard: gather 15.5 GB twice, reduce 31     1.24         7.5
+    --shard node: within a node, across          0.12, 0.14   2.4 to 3.9
+
+Two pairs a GPU are a fifth of a pack, and all wait for the longest of 64: a batch of 128 suits 16 GPUs better.
 """
 import json
 import os
@@ -33,11 +63,13 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, Qwen2_5_VLConfig, Qwen2_5_VLModel
 from transformers.hf_argparser import HfArg, HfArgumentParser
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
-from model import READS, Encoded, Processor, RewardModel, build_head, fill_packs, mrope_positions, pack  # noqa: E402
-from model import pairwise_loss, tiny_backbone  # noqa: E402
+import model as model_module  # noqa: E402
+from model import (POOLING, QWEN2_5, Encoded, Processor, RewardModel, bin_pack, build_head,  # noqa: E402
+                   mrope_positions, pack, pairwise_loss, tiny_backbone)
 from stock import stock_rewards  # noqa: E402
 
 
@@ -90,8 +122,14 @@ def make_model(cfg: Config, device) -> RewardModel:
         backbone = Qwen2_5_VLModel._from_config(config, attn_implementation="branches")
     torch.set_default_dtype(torch.float32)
     width = config.text_config.hidden_size
-    head_config = {"head_layers": 2, "head_activation": "silu", "width": width, "reads": READS}
-    return RewardModel(backbone, build_head(width).to(device), Processor(None, None), head_config)
+    head_config = {"head_layers": 2, "head_activation": "silu", "width": width, "reads": POOLING}
+    return RewardModel(backbone, build_head(width).to(device), make_processor(None, config), head_config)
+
+
+def make_processor(tokenizer, config, suppressed=()) -> Processor:
+    """The processor of a Qwen2.5-VL. suppressed: further tokens that a policy may not write."""
+    image_token_ids = (config.image_token_id, config.video_token_id, *suppressed)
+    return Processor(tokenizer, Qwen2VLImageProcessorPil(), QWEN2_5, image_token_ids)
 
 
 def make_comparisons(cfg: Config, config) -> list[Encoded]:
@@ -105,12 +143,12 @@ def make_comparisons(cfg: Config, config) -> list[Encoded]:
         return torch.randint(300, 500, (n,), generator=generator).tolist()
 
     # patches: the vision tower merges 2 x 2 of them into a token
-    grid = torch.tensor([[1, 2 * side, 2 * side]] * (side > 0)).view(-1, 3)
+    grid = torch.tensor([[1, 2 * side, 2 * side]] if side else [], dtype=torch.long).view(-1, 3)
     items = []
     for _ in range(cfg.comparisons):
         ids = words(8) + [config.image_token_id] * cfg.image_tokens + words(cfg.prompt_tokens - cfg.image_tokens - 8)
         positions = mrope_positions(ids, grid.tolist(), config.image_token_id, config.video_token_id)
-        patches = torch.randn(4 * cfg.image_tokens, 3 * 2 * 14 * 14, generator=generator)
+        patches = torch.randint(0, 256, (4 * cfg.image_tokens, 3, 1, 14 * 14), generator=generator, dtype=torch.uint8)
         responses = [words(cfg.response_tokens) for _ in range(cfg.k)]
         items.append(Encoded(ids, responses, list(combinations(range(cfg.k), 2)), patches, grid, positions))
     return items
@@ -124,8 +162,8 @@ def operations(cfg: Config, model: RewardModel, ours: bool) -> float:
     p, r, k, images = cfg.prompt_tokens, cfg.response_tokens, cfg.k, cfg.image_tokens > 0
     rows = 1 if ours else k if cfg.mode == "score" else k * (k - 1)
     tokens = p + k * r if ours else rows * (p + r)
-    seen = p * p / 2 + k * (r * p + r * r / 2) if ours else rows * (p + r) ** 2 / 2  # keys that all queries look at
-    attention = 4 * text.hidden_size * text.num_hidden_layers * seen
+    keys = p * p / 2 + k * (r * p + r * r / 2) if ours else rows * (p + r) ** 2 / 2  # to which all queries attend
+    attention = 4 * text.hidden_size * text.num_hidden_layers * keys
     return 2 * weights * tokens + attention + images * rows * 2 * vision * 4 * cfg.image_tokens
 
 
@@ -153,14 +191,22 @@ def main(cfg: Config) -> None:
     n_pairs = sum(len(c.pairs) for c in comparisons)
     stock_items = [[replace(c, response_ids=[c.response_ids[w], c.response_ids[l]], pairs=[(0, 1)]) for w, l in c.pairs]
                    if training else [c] for c in comparisons]
-    members = fill_packs([c.tokens for c in comparisons], cfg.pack_tokens or (16384 if device == "cuda" else 1024))
-    packs = [pack([comparisons[i] for i in part]).to(device) for part in members]
-    in_order = [stock_items[i] for part in members for i in part]
+    members = bin_pack([c.num_tokens for c in comparisons], cfg.pack_tokens or (16384 if device == "cuda" else 1024))
+    packs = [pack([comparisons[i] for i in indices]).to(device) for indices in members]
+    in_order = [stock_items[i] for indices in members for i in indices]
     stock_pairs = [pack(items).pairs.to(device) for items in in_order]
 
     def ours():
         for packed in packs:
-            yield model(packed)[0], packed.pairs
+            yield model(packed).rewards, packed.pairs
+
+    def rows():  # as a backbone whose layers cannot branch is run
+        has_full_attention = model_module.has_full_attention
+        model_module.has_full_attention = lambda config: False
+        try:
+            yield from ours()
+        finally:
+            model_module.has_full_attention = has_full_attention
 
     def stock():
         for items, pairs in zip(in_order, stock_pairs):
@@ -173,7 +219,8 @@ def main(cfg: Config) -> None:
         with torch.set_grad_enabled(training):
             for rewards, pairs in way():
                 if training:
-                    pairwise_loss(rewards, pairs, pairs_in_step=n_pairs).backward()
+                    losses = pairwise_loss(rewards, pairs, reduction="none")
+                    (losses.sum() / n_pairs).backward()
                 out.append(rewards.detach()[pairs])
         return torch.cat(out)
 
@@ -183,19 +230,21 @@ def main(cfg: Config) -> None:
 
     # the same rewards and gradients, or no timing
     limit = 1e-4 if device == "cpu" else 0.05  # fp32; bf16
+    ways = {"ours": ours, "rows": rows, "stock": stock}
     rewards, differences = step(ours), {}
     grad = gradient() if training else None
-    again = step(stock)
-    differences["rewards"] = ((rewards - again).abs().max() / again.abs().max().clamp(min=1e-3)).item()
-    if training:
-        differences["gradients"] = ((gradient() - grad).norm() / grad.norm()).item()
-        del grad
+    for name in ("rows", "stock"):
+        again = step(ways[name])
+        differences[f"rewards of {name}"] = ((rewards - again).abs().max() / again.abs().max().clamp(min=1e-3)).item()
+        if training:
+            differences[f"gradients of {name}"] = ((gradient() - grad).norm() / grad.norm()).item()
+    del grad
     if max(differences.values()) > limit:
-        raise ValueError(f"the two ways differ by {differences} relative, more than {limit}: nothing to compare")
+        raise ValueError(f"the ways differ by {differences} relative, more than {limit}: nothing to compare")
 
-    times, peak = {"ours": [], "stock": []}, {}
+    times, peak = {name: [] for name in ways}, {}
     for _ in range(cfg.repetitions):
-        for name, way in (("ours", ours), ("stock", stock)):  # in turns, so that a slow minute of the machine hits both
+        for name, way in ways.items():  # in turns, so that a slow minute of the machine hits all
             if device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             times[name].append(timed(lambda: step(way), device))
@@ -203,11 +252,12 @@ def main(cfg: Config) -> None:
                           else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
     median = {name: statistics.median(seconds) for name, seconds in times.items()}
 
-    tokens = sum(c.tokens for c in comparisons)
+    tokens = sum(c.num_tokens for c in comparisons)
     stock_tokens = sum(len(c.prompt_ids) + len(ids) for items in stock_items for c in items for ids in c.response_ids)
     result = {"mode": cfg.mode, "shape": cfg.shape, "k": cfg.k,
               "pairs_per_s": {name: round(n_pairs / s, 2) for name, s in median.items()},
               "ratio": round(median["stock"] / median["ours"], 2),
+              "ratio_of_rows": round(median["rows"] / median["ours"], 2),
               "limit": round(operations(cfg, model, ours=False) / operations(cfg, model, ours=True), 2),
               "seconds": {name: [round(s, 3) for s in ss] for name, ss in times.items()},
               "tokens": {"ours": tokens, "stock": stock_tokens},
@@ -226,6 +276,7 @@ def main(cfg: Config) -> None:
     print(json.dumps(result))
     print(f"\n{cfg.mode}, K = {cfg.k}, {cfg.prompt_tokens} + {cfg.response_tokens} tokens: "
           f"{result['pairs_per_s']['ours']} pairs/s "
+          f"against {result['pairs_per_s']['rows']} of separate rows: {result['ratio_of_rows']} times; and "
           f"against the stock way's {result['pairs_per_s']['stock']}: {result['ratio']} times "
           f"(counted operations allow {result['limit']}), of {tokens} against {stock_tokens} tokens")
 

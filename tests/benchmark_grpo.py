@@ -8,7 +8,7 @@ Nothing is downloaded: a published shape with random weights costs what the trai
 
     counted    parameters, by building transformers' own classes without storage
     measured   here, with the functions of model.py:
-               - the wait for one token of `generate` at the 3B's depth of 36 layers and a width of 64, where next to
+               - the time of one token of `generate` at the 3B's depth of 36 layers and a width of 64, where next to
                  nothing is computed: the time of Python and of starting the kernels. The fastest GPU waits for it too,
                  and for autocast's casts besides
                - operations of forward and backward in a slice of the 3B, one layer of its full width, against the rule
@@ -32,13 +32,17 @@ from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel
+from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import benchmark  # noqa: E402
-from model import Policy, Processor, generate, pack, recompute_activations, tiny_backbone  # noqa: E402
+import model  # noqa: E402
+from model import (  # noqa: E402
+    Policy, enable_gradient_checkpointing, generate, load_processor, pack_texts, tiny_backbone)
+
+model.suppressed_tokens = lambda policy: torch.tensor([policy.processor.end_id])  # so that no rollout ends early
 
 
 @dataclass(frozen=True)
@@ -58,20 +62,19 @@ class Config:
 
 
 def make_policy(text: dict, vision: dict) -> Policy:
-    """The 3B with some sizes changed and random weights. It may not say <|im_end|>, so that no rollout ends early."""
+    """The 3B with some sizes changed and random weights."""
     config = benchmark.published_shape("3b")
     for part, sizes in ((config.text_config, text | {"vocab_size": 512}), (config.vision_config, vision)):
         for name, value in sizes.items():
             setattr(part, name, value)
     config.text_config.layer_types = ["full_attention"] * config.text_config.num_hidden_layers
-    config.image_token_id, config.video_token_id = 5, 6
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer = AutoTokenizer.from_pretrained(tiny_backbone(folder, ["a b c"]))
+        tiny_backbone(folder, ["a b c"])
+        processor = load_processor(folder, AutoConfig.from_pretrained(folder))
+    config.image_token_id, config.video_token_id = processor.image_token_ids
     torch.manual_seed(0)
     config._attn_implementation = "branches"
-    policy = Policy(Qwen2_5_VLForConditionalGeneration(config).eval(), Processor(tokenizer, None))
-    Processor.never = property(lambda self: [self.end])
-    return policy
+    return Policy(Qwen2_5_VLForConditionalGeneration(config).eval(), processor)
 
 
 def seconds_per_token(group_size: int, repetitions: int) -> list[float]:
@@ -80,12 +83,12 @@ def seconds_per_token(group_size: int, repetitions: int) -> list[float]:
                               rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]}),
                          dict(depth=1, hidden_size=64, num_heads=2, intermediate_size=64, out_hidden_size=64))
     short = benchmark.Config(prompt_tokens=16, image_tokens=0, comparisons=1)
-    prompt = benchmark.make_comparisons(short, policy.lm.config)[0].with_responses([])
+    prompt = benchmark.make_comparisons(short, policy.backbone.config)[0].with_responses([])
 
     def timed(tokens):
-        began = time.perf_counter()
+        start_time = time.perf_counter()
         generate(policy, [prompt], tokens, group_size, seeds=[0])
-        return time.perf_counter() - began
+        return time.perf_counter() - start_time
 
     timed(2)
     return [(timed(40) - timed(8)) / 32 for _ in range(repetitions)]
@@ -103,24 +106,25 @@ def measure_slice(layers: int, checkpointing: bool) -> dict:
     PyTorch / by the rule."""
     policy = make_policy(dict(num_hidden_layers=layers), dict(depth=1, fullatt_block_indexes=[0])).train()
     if checkpointing:
-        recompute_activations(policy.lm.model)
+        enable_gradient_checkpointing(policy.backbone)
     cfg = benchmark.Config(prompt_tokens=128, image_tokens=64, response_tokens=32, k=4, comparisons=1)
-    group = benchmark.make_comparisons(cfg, policy.lm.config)[0]
+    group = benchmark.make_comparisons(cfg, policy.backbone.config)[0]
     weights, kept = {p.untyped_storage().data_ptr() for p in policy.parameters()}, {}
 
-    def note(tensor):
+    def keep(tensor):
         if tensor.untyped_storage().data_ptr() not in weights:
             kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address is counted for two
         return tensor
 
     with FlopCounterMode(display=False) as counter:
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            total = policy(pack([group])).sum()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            total = policy(pack_texts([group])).sum()
         total.backward()
-    count = count_parameters(policy.lm.model) | {"words": policy.lm.lm_head.weight.numel()}
-    size = {"tokens": group.tokens, "patches": len(group.pixel_values), "written": sum(map(len, group.response_ids))}
+    count = count_parameters(policy.backbone) | {"words": policy.lm_head.weight.numel()}
+    size = {"tokens": group.num_tokens, "patches": len(group.pixel_values),
+            "written": sum(len(ids) for ids in group.response_ids)}
     by_rule = operations(**count, item=size, times=4 if checkpointing else 3, times_words=4)
-    return {"bytes": sum(t.untyped_storage().nbytes() for t in kept.values()), "tokens": group.tokens,
+    return {"bytes": sum(t.untyped_storage().nbytes() for t in kept.values()), "tokens": group.num_tokens,
             "counted": counter.get_total_flops() / by_rule}
 
 
@@ -178,7 +182,7 @@ def main(cfg: Config) -> None:
     steps = math.ceil(cfg.prompts / cfg.batch_size)
 
     # 4  Memory of one GPU, in bytes
-    always = {"policy, fp32": 4 * policy, "its gradients, in DDP's buffers": 4 * policy,
+    always = {"policy, fp32": 4 * policy, "its gradients, fp32": 4 * policy,
               "its bf16 copy, which autocast keeps": 2 * policy,
               "AdamW's moments, this rank's share": 8 * policy / cfg.gpus,
               "reference, bf16": 2 * policy, "reward model, bf16": 2 * reward_model, "CUDA and NCCL (assumed)": 2e9}
@@ -189,7 +193,7 @@ def main(cfg: Config) -> None:
     together = {f"together, while {name}": sum(always.values()) + sum(part.values())
                 for name, part in (("writing", writing), ("learning", learning))}
 
-    # 5  Said
+    # 5  Printed
     by_rule = {f"{n} layers{', checkpointing' * again}": round(slices[n, again]["counted"], 3) for n, again in slices}
     print(json.dumps({"settings": vars(cfg), "parameters": {"3b": policy, "7b": reward_model},
                       "seconds_per_token": [round(w, 4) for w in waits], "gpu_busy_per_token": round(busy, 4),
@@ -199,7 +203,7 @@ def main(cfg: Config) -> None:
     for name, value in (seconds | {"together": sum(seconds.values())}).items():
         print(f"| {name} | {value:.0f} |")
     print(f"\n{cfg.prompts:,} prompts are {steps} steps: {steps * sum(seconds.values()) / 3600:.1f} hours, without the "
-          f"examinations. A written token waits {1000 * wait:.0f} ms for Python ({1000 * min(waits):.0f} to "
+          f"evaluations. A written token waits {1000 * wait:.0f} ms for Python ({1000 * min(waits):.0f} to "
           f"{1000 * max(waits):.0f}), {1000 * busy:.0f} ms for the GPU.\n\n| memory of a GPU | GB |\n|---|---|")
     for name, value in (always | writing | learning | together).items():
         print(f"| {name} | {value / 1e9:.1f} |")

@@ -11,7 +11,6 @@ import tempfile
 import time
 import traceback
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -23,7 +22,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import rl_demo  # noqa: E402
 import train  # noqa: E402
 from model import RewardModel, tiny_backbone  # noqa: E402
 
@@ -39,45 +37,20 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "ignore:torch.distributed is disabled")
 
 
-# Half as deep as the tiny backbone: there is as much to test, and less to wait for
+# Half as deep as the tiny backbone: as much to test, in less time
 small_backbone = partial(tiny_backbone, texts=TEXTS, width=64, layers=2)
 train.tiny_backbone = partial(tiny_backbone, layers=2)  # --backbone tiny of the runs in this process
 
 
-def draw_nothing(file, title, panels):
-    """In the place of train.draw_curves, since matplotlib draws for longer than a short run takes: only checks that
-    there are numbers to draw."""
-    for _, curves, dashed, _ in panels:
-        assert all(len([*map(float, point)]) == 2 for points in curves.values() for point in points)
-        assert all(isinstance(float(y), float) for y in dashed.values())
-    train.write_text(file, "<svg/>")
-    return "<svg/>"
-
-
-@contextmanager
-def real_curves(draw=train.draw_curves):
-    """For tests that look at pictures."""
-    with pytest.MonkeyPatch.context() as patch:
-        for script in (train, rl_demo):
-            patch.setattr(script, "draw_curves", draw)
-        yield
-
-
-@pytest.fixture(scope="session", autouse=True)
-def no_curves():
-    with real_curves(draw_nothing):
-        yield
-
-
 @pytest.fixture(scope="session")
 def backbones(tmp_path_factory):
-    """Folders of tiny checkpoints by kind, made when first asked for."""
-    root, made = tmp_path_factory.mktemp("backbones"), {}
+    """Folders of tiny checkpoints by model type, each made when it is first needed."""
+    root = tmp_path_factory.mktemp("backbones")
 
-    def folder(kind="qwen2_5_vl"):
-        if kind not in made:
-            made[kind] = small_backbone(root / kind, kind=kind)
-        return made[kind]
+    def folder(model_type="qwen2_5_vl"):
+        if not (root / model_type).exists():
+            small_backbone(root / model_type, model_type=model_type)
+        return root / model_type
 
     return folder
 
@@ -89,49 +62,49 @@ def tiny(backbones):
     return RewardModel.from_backbone(backbones()).eval()
 
 
-COMMANDS = {}  # {name of a fixture: function(folder, backbones) that makes what its command needs and gives its words}
-BEGUN = {}  # {name: future of (folder, process), or the error of making what the command needs}
+COMMANDS = {}  # {name of a fixture: function(folder, backbones) that makes what its command needs, returns its words}
+STARTED = {}  # {name: future of (folder, process), or the error of making what the command needs}
 QUIET = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # environment of commands
 
 
 def command(make):
     """Turns such a function into a fixture: the folder, and the process when it has ended.
 
-    All commands that the chosen tests ask for begin before the first test, two at a time, and run beside the tests."""
+    All commands that the chosen tests need are started before the first test, two at a time, and run beside the tests.
+    """
     COMMANDS[make.__name__] = make
 
     @pytest.fixture(scope="session", name=make.__name__)
-    def ended(begun):
-        if isinstance(begun[make.__name__], Exception):
-            raise begun[make.__name__]
-        return begun[make.__name__].result()
+    def ended(started):
+        if isinstance(started[make.__name__], Exception):
+            raise started[make.__name__]
+        return started[make.__name__].result()
 
     return ended
 
 
-def waits(item):
+def needs_command(item):
     return not COMMANDS.keys().isdisjoint(item.fixturenames)
 
 
 def pytest_collection_modifyitems(items):
-    """Those that wait for a command come last: until then the others are run beside it."""
-    items.sort(key=waits)
+    """Those that need a command come last: until then the others are run beside it."""
+    items.sort(key=needs_command)
 
 
 def run_script(folder, words):
-    """`python WORDS`, on Linux as a fork, which has torch loaded already; what it says goes into files of the folder.
-    """
+    """`python WORDS`, on Linux as a fork, which has torch loaded already; its output goes into files of the folder."""
     if sys.platform != "linux":
         return folder, subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, env=os.environ | QUIET,
                                       capture_output=True, text=True, timeout=900)
     process = multiprocessing.get_context("fork").Process(target=as_script, args=(folder, words))
     process.start()
     process.join(900)
-    said = [(folder / name).read_text() for name in ("stdout", "stderr")]
+    stdout, stderr = ((folder / name).read_text() for name in ("stdout", "stderr"))
     if process.exitcode is None:
-        os.killpg(process.pid, signal.SIGKILL)  # and the processes that it began
-        raise TimeoutError(f"{words[0]} takes more than 15 minutes; it said: {said[1][-2000:]}")
-    return folder, subprocess.CompletedProcess(words, process.exitcode, *said)
+        os.killpg(process.pid, signal.SIGKILL)  # and the processes that it started
+        raise TimeoutError(f"{words[0]} takes more than 15 minutes; its errors: {stderr[-2000:]}")
+    return folder, subprocess.CompletedProcess(words, process.exitcode, stdout, stderr)
 
 
 def as_script(folder, words):
@@ -146,29 +119,29 @@ def as_script(folder, words):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def begun(request, tmp_path_factory, backbones):
+def started(request, tmp_path_factory, backbones):
     """{name: future of (folder, process)}, or the error of making what the command needs."""
-    asked = dict.fromkeys(name for item in request.session.items for name in item.fixturenames)
-    BEGUN.update((name, None) for name in asked if name in COMMANDS)
-    if not BEGUN:
-        yield BEGUN
+    needed = dict.fromkeys(name for item in request.session.items for name in item.fixturenames)
+    STARTED.update((name, None) for name in needed if name in COMMANDS)
+    if not STARTED:
+        yield STARTED
         return
     linux = sys.platform == "linux"
     with ProcessPoolExecutor(2, multiprocessing.get_context("fork")) if linux else ThreadPoolExecutor(2) as pool:
         pool.submit(os.getpid).result()  # forks now, while there are no threads
-        for name in BEGUN:
+        for name in STARTED:
             folder = tmp_path_factory.mktemp(name)
             try:
-                BEGUN[name] = pool.submit(run_script, folder, COMMANDS[name](folder, backbones))
-            except Exception as error:  # of the tests that ask for it, not of all
-                BEGUN[name] = error
-        yield BEGUN
+                STARTED[name] = pool.submit(run_script, folder, COMMANDS[name](folder, backbones))
+            except Exception as error:  # of the tests that need it, not of all
+                STARTED[name] = error
+        yield STARTED
         pool.shutdown(cancel_futures=True)  # where the tests were stopped
 
 
 # ----------------------------------------------------------------------------------------------- two processes
 
-LONGEST = ["test_train.py", "test_rl_demo.py", "test_families.py", "test_paradigms.py"]  # begun first, then the others
+LONGEST = ["test_train.py", "test_rl_demo.py", "test_families.py", "test_paradigms.py"]  # started first
 ENDED = set()  # the tests that were reported to their end
 
 
@@ -182,17 +155,17 @@ def pytest_runtestloop(session):
     """Two cores, two processes: a fork, for torch and transformers are loaded by then, and load for seconds.
 
     Each takes the next test module from a pipe until there is none: whole modules, whose fixtures are then made once.
-    Commands are begun by the first process alone, which runs what waits for them. The fork writes its reports into a
-    file, and the first process reads them out as if they were its own (but not its warnings); a test whose end was
-    never reported, since the fork died, is an error. Nothing is forked where a person looks inside, or chose a single
-    module."""
+    Commands are started by the first process alone, which runs the tests that need them. The fork writes its reports
+    into a file, and the first process reports them as its own (but not its warnings); a test whose end was never
+    reported, since the fork died, is an error. There is no fork for a single module, or where output is not captured
+    or a debugger is used."""
     option, hook, modules, waiting = session.config.option, session.config.hook, {}, []
     for item in session.items:
-        (waiting if waits(item) else modules.setdefault(item.path, [])).append(item)
+        (waiting if needs_command(item) else modules.setdefault(item.path, [])).append(item)
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
-    looks_inside = option.capture == "no" or any(
+    is_interactive = option.capture == "no" or any(
         getattr(option, name, False) for name in ("collectonly", "usepdb", "trace", "setupshow"))
-    if cores < 2 or len(modules) < 2 or session.testsfailed or looks_inside:
+    if cores < 2 or len(modules) < 2 or session.testsfailed or is_interactive:
         return None  # pytest's own loop
     order = sorted(modules, key=lambda path: LONGEST.index(path.name) if path.name in LONGEST else len(LONGEST))
     queue, end = os.pipe()
@@ -201,14 +174,14 @@ def pytest_runtestloop(session):
     taken = (modules[order[byte[0]]] for byte in iter(lambda: os.read(queue, 1), b""))
     session.config._tmp_path_factory.getbasetemp()  # one for both; folders in it are made atomically
     sys.stdout.flush()
-    with tempfile.NamedTemporaryFile() as said:
+    with tempfile.NamedTemporaryFile() as reports:
         fork, rest = os.fork(), b""
         if not fork:
-            run_fork(session, chain.from_iterable(taken), said.name)
+            run_fork(session, chain.from_iterable(taken), reports.name)
 
-        def read_out():
+        def report_lines():
             nonlocal rest
-            *lines, rest = (rest + said.read()).split(b"\n")  # of the last line the end may be missing still
+            *lines, rest = (rest + reports.read()).split(b"\n")  # of the last line the end may be missing still
             for line in lines:
                 report = hook.pytest_report_from_serializable(config=session.config, data=json.loads(line))
                 if isinstance(report.longrepr, list):  # of a skipped test, before it was JSON
@@ -216,14 +189,14 @@ def pytest_runtestloop(session):
                 hook.pytest_runtest_logreport(report=report)
 
         try:
-            run(session, with_waiting(taken, waiting), read_out)
+            run(session, with_waiting(taken, waiting), report_lines)
             while (ended := os.waitpid(fork, os.WNOHANG)) == (0, 0):
                 time.sleep(0.05)
-                read_out()
+                report_lines()
         except BaseException:  # the tests were stopped
             os.kill(fork, signal.SIGKILL)
             raise
-        read_out()
+        report_lines()
     check_stop(session)
     status = os.waitstatus_to_exitcode(ended[1])
     lost = [item for item in session.items if item.nodeid not in ENDED] or session.items[-1:] * bool(status)
@@ -235,17 +208,17 @@ def pytest_runtestloop(session):
 
 
 def with_waiting(taken, waiting):
-    """Those that wait for commands follow the first module by whose last test the commands have ended."""
+    """Those that need commands follow the first module by whose last test the commands have ended."""
     for items in taken:
         yield from items
-        if BEGUN and all(isinstance(one, Exception) or one is not None and one.done() for one in BEGUN.values()):
+        if STARTED and all(isinstance(one, Exception) or one is not None and one.done() for one in STARTED.values()):
             yield from waiting
             waiting = []
     yield from waiting
 
 
 def run(session, items, after_each=lambda: None):
-    """As pytest's own loop. A test is told which comes next, so that what both share is kept."""
+    """As pytest's own loop. pytest keeps the fixtures that a test shares with the next one."""
     item = next(items, None)
     while item is not None:
         following = next(items, None)
@@ -269,17 +242,17 @@ def run_fork(session, items, file):
     class Writer:
         def pytest_runtest_logreport(self, report):
             data = config.hook.pytest_report_to_serializable(config=config, report=report)
-            os.write(said, json.dumps(data, default=str).encode() + b"\n")
+            os.write(reports, json.dumps(data, default=str).encode() + b"\n")
 
     try:
-        said = os.open(file, os.O_WRONLY | os.O_APPEND)
+        reports = os.open(file, os.O_WRONLY | os.O_APPEND)
         plugins.unregister(name="terminalreporter")
         plugins.register(Writer())
         capture = plugins.getplugin("capturemanager")  # with files of its own
         capture.stop_global_capturing()
         capture.start_global_capturing()
         capture.suspend_global_capture()
-        session.items = [item for item in session.items if not waits(item)]  # and so no command is begun here
+        session.items = [item for item in session.items if not needs_command(item)]  # and so no command is started here
         try:
             run(session, items)
         finally:
@@ -300,8 +273,8 @@ TWO_RANKS = {}  # {name of a script: function(folder, backbones) that makes what
 
 @command
 def two_ranks(folder, backbones):
-    """All that needs two processes: folder/SCRIPT is what it leaves of each script. What the tests compare with it is
-    done by one process."""
+    """All that needs two processes: folder/SCRIPT has what it leaves of each script. What the tests compare with it is
+    computed by one process."""
     for script, make in TWO_RANKS.items():
         (folder / script).mkdir()
         (folder / script / "settings.json").write_text(json.dumps(make(folder / script, backbones)))

@@ -1,25 +1,77 @@
 """The paper's tables in miniature, on the drawn world and with the scripts' own flags: who wins, and at what cost.
 
-    python tests/recipe.py --table 1 --seeds 0 1 2            two cores: 19 minutes and three starts; goes on if stopped
+    python tests/recipe.py --table 1 --seeds 0 1 2            two cores: 19 minutes, and three stand-ins to make first
     python tests/recipe.py --table 2                          the head; further: algorithm1, 4, 6, 7
 
 Every cell is a run of train.py (rl_demo.py, data.py) and of evaluate.py on the same drawn comparisons, new to the
-model. A finished cell lies in OUT/TABLE/SEED/CELL.json and is not made again. A drawn world and 1.7M parameters prove
-that the path works, and nothing about the world: the paper's figures stand beside ours so that the order can be
-compared.
+model. A finished cell lies in OUT/TABLE/SEED/CELL.json and is not made again, so a run that was stopped continues. A
+drawn world and 1.7M parameters prove that the path works, and nothing about the world: the paper's figures stand beside
+ours so that the order can be compared.
 
-All paradigms of Table 1 start, as in the paper, from one model that can answer: here a tiny one fine-tuned on right
-answers as rl_demo.py makes its policy. They see the same comparisons, once.
+All paradigms of Table 1 start, as in the paper, from one model that can answer: here a stand-in, a tiny one fine-tuned
+on right answers as rl_demo.py makes its policy. They see the same comparisons, once.
 
-What the README leaves out of Table 1 (commit fbaeeb7, RL c1b9089; 6,000 comparisons, three seeds). Tokens for 1,000
+Measured. Accuracy in percent on 676 held-out pairs, mean +- standard deviation of three seeds, 3,000 drawn comparisons
+for each model (Table 6: 14,000, Table 7: 6,000, both from random weights), commits 78f9422 (Table 2, seed 0 of
+Algorithm 1), a235b13 (Table 6) and 9659938, two shared cores. Most of the differences are smaller than the spread.
+
+    Algorithm 1   neither 86.1 +- 7.1, lambda 0.001 91.0 +- 4.0, 0.01 87.5 +- 7.0, 0.1 81.7 +- 4.7, length norm 92.1
+                  +- 3.8. In the paper both hurt; here only the largest lambda does.
+    Table 2       one layer 90.2 +- 4.6, two without activation 94.6 +- 1.5, tanh 88.8 +- 7.0, SiLU 86.1 +- 7.1, three
+                  to five layers with SiLU 93.2 +- 4.0, 89.6 +- 8.6, 88.9 +- 6.1. In the paper two with SiLU are best;
+                  here seeds differ by more than heads.
+    Table 4       trained on pictures alone 86.4 +- 2.5 (texts 61), on texts alone 60.7 +- 6.2 (texts 100), on half of
+                  each 84.4 +- 5.8 (texts 100); a text-only model on texts: texts 100. As in the paper a text-only model
+                  is enough for texts; here texts do not help with pictures.
+    Table 6       at widths 64 and 128: Qwen2-VL 96.7 +- 1.0, 95.7 +- 0.1; Qwen2.5-VL 94.9 +- 0.7, 97.9 +- 0.2; Qwen3-VL
+                  97.0 +- 0.9, 98.5 +- 0.7; InternVL3 97.6 +- 1.9, 99.6 +- 0.1. At 128 the later Qwen is better, as in
+                  the paper; InternVL, behind in the paper, leads: an image has 16 tokens where Qwen has 9.
+    Table 7       Qwen2.5-VL 86.4 +- 2.2, InternVL 91.8 +- 2.0, both by average 93.2 +- 1.1, by accuracy or confidence
+                  93.3 +- 1.1, with texts scored by a text-only third 93.2. Two beat one, as in the paper; between the
+                  rules there is no difference (in the paper the average is best).
+
+Table 1 on 6,000 comparisons (12,900 pairs), commit fbaeeb7 (RL: c1b9089), 54 minutes on two busy cores; the paper's
+columns are overall, Multimodal RewardBench, VL-RewardBench; *orders*: share of pairs that a judge, asked in both
+orders, answers alike; seconds of training and for scoring 1,000 comparisons:
+
+                                paper            accuracy       orders  training  scoring
+    naive                       70.0 64.5 75.6   98.7 +- 0.4                 95        9
+    critic, own critiques       60.4 63.9 62.8   89.0 +- 3.5                183       33
+    critic, given critiques                     100.0 +- 0.0           the same       16
+    judge, direct, untrained    58.7 64.4 53.1   50.5 +- 0.6     4.5          0       43
+    judge, direct               71.2 69.3 73.1   87.5 +- 6.2    77.9        214       34
+    judge, thinking             68.3 72.5 64.1   67.9 +- 9.1    48.1        333       84
+    judge, thinking, RL         76.8 82.2 71.4   65.2 +- 9.4    40.9      + 214       50
+
+As in the paper naive is ahead of the critic, and fine-tuning helps a judge much; thinking and RL do not help here. As
+far as we can tell: comparing two answers inside a prompt is harder for 1.7M parameters than scoring one, a thought
+errs before the verdict does, and 60 steps of GRPO are too few: at a rate of 5e-5 they move nothing beyond the spread
+(67.9 -> 65.2), at 2e-4 they teach a preference for one position rather than for the picture (60.9). Tokens for 1,000
 comparisons, read + written: naive and the critic's first reading 45,518, own critiques + 16,347, given ones 123,931 in
-all; judges 269,371 (each pair is asked in both orders), thinking 296,411 + 100,360. At the default 3,000 comparisons
-the cells take 19 minutes (commit 434d2e9, alone, the starts not counted) and only naive learns: 86.1, critic 57.4 and
-100.0, judges 50.5, 67.1, 50.5, 50.8. Why thinking and RL do not pay here, as far as we can tell: comparing two answers
-inside a prompt is harder for 1.7M parameters than scoring one, a thought errs before the verdict does, and 60 steps of
-GRPO are too few: at a rate of 5e-5 they move nothing beyond the spread (67.9 -> 65.2), at 2e-4 they teach the
-verdict's favourite place rather than the picture (60.9). Beside other work on two cores: Algorithm 1 23 minutes for
-two seeds, Tables 4 and 7 14 and 19, Table 6 46 for three.
+all; judges 269,371 (each pair in both orders), thinking 296,411 + 100,360. At the default 3,000 comparisons the cells
+take 19 minutes (commit 434d2e9, alone, without the stand-ins) and only naive learns: 86.1, critic 57.4 and 100.0,
+judges 50.5, 67.1, 50.5, 50.8. Beside other work on two cores: Algorithm 1 23 minutes for two seeds, Tables 4 and 7 14
+and 19, Table 6 46 for three.
+
+The tiny backbones of every family, `OMP_NUM_THREADS=1 torchrun train.py --backbone NAME`, seed 0, 1,779 held-out pairs,
+commit 6a36024, two shared cores. Speeds are of one process that takes turns (18 steps each), so their ratios compare;
+of the text-only ones, pairs by seconds of the whole run (`--on_bad_row skip`, 4,583 pairs on texts, of which 239 are
+held out, commit 448e160):
+
+                     parameters  accuracy  images shuffled  pairs a second
+    tiny              1,680,257     0.980            0.488            62.5
+    tiny-qwen2-vl     1,614,849     0.963            0.514            62.7
+    tiny-qwen3-vl     2,327,169     0.988            0.512            47.8
+    tiny-internvl     1,302,529     0.994            0.522            58.4
+    tiny-qwen3          870,017     1.000                              113
+    tiny-qwen2          870,785     1.000                               95
+
+The paper's own mixture of data, as far as its text tells (2M of MMPR's 3M pairs; RLAIF-V once by itself and 0.49 times
+in the R1-Reward mix; 44k of VLFeedback's pairs), not run:
+
+    torchrun --nproc_per_node 8 train.py --backbone Qwen/Qwen2.5-VL-7B-Instruct --shard --gradient_checkpointing \\
+        --out runs/paper --on_bad_row skip --data data/mmpr:0.67 data/rlaif-v:1.49 data/mm-rlhf data/vlfeedback:0.11 \\
+        data/olmo2 data/tulu3-if data/ultrafeedback-hard data/wildchat-uf data/swe-arena
 """
 import argparse
 import contextlib
@@ -44,11 +96,11 @@ import data
 import evaluate
 import rl_demo
 import train
-from model import FAMILIES, RewardModel, asked, tiny_backbone
+from model import FAMILIES, RewardModel, tiny_backbone
 
 TINY = ("--max_pixels 12544 --pack_tokens 1024 --batch_size 32 --lr {lr} --critique_tokens 40 --eval_every 0 "
         "--save_every 0")
-HELD = 300  # comparisons that every model is measured on
+NUM_HELD_OUT = 300  # comparisons that every model is measured on
 
 
 def script(here: Path, name: str, *words) -> None:
@@ -61,7 +113,7 @@ def script(here: Path, name: str, *words) -> None:
         status = subprocess.run(command, stdout=log, stderr=log, cwd=ROOT, env=environment).returncode
         if status and not (name == "train.py" and status == 1 and "nothing was learnt" in log_end(here)):
             raise SystemExit(f"{name} {' '.join(map(str, words))} failed; "
-                             f"its words are at the end of {here / 'log.txt'}")
+                             f"its output is at the end of {here / 'log.txt'}")
 
 
 def log_end(here: Path) -> str:
@@ -74,11 +126,15 @@ def make_stand_in(folder: Path, seed: int, steps: int) -> None:
     to half of the questions, which one is right."""
     random = folder.parent / "random"
     if not random.exists():
-        tiny_backbone(random, train.texts_of(data.synthetic(2000, seed), "think"), seed)
-    taught = [replace(c, prompt=f"{c.prompt} One of: {', '.join(c.responses)}.") if i % 2 else c
-              for i, c in enumerate(data.synthetic(steps * 16, 2_000_000 + seed))]
+        tiny_backbone(random, train.vocabulary_texts([data.synthetic(2000, seed)], "think"), seed)
+    rows = []
+    for i, comparison in enumerate(data.synthetic(steps * 16, 2_000_000 + seed)):
+        if i % 2 == 1:
+            choices = ", ".join(comparison.responses)
+            comparison = replace(comparison, prompt=f"{comparison.prompt} One of: {choices}.")
+        rows.append(comparison)
     model = RewardModel.from_backbone(random, max_pixels=12544)
-    rl_demo.make_policy(rl_demo.Config(seed=seed, sft_steps=steps), folder, model, taught)
+    rl_demo.make_policy(rl_demo.Config(seed=seed, sft_steps=steps), folder, model, rows)
 
 
 def training(here: Path, name: str, seed: int, options, *flags) -> list:
@@ -101,10 +157,10 @@ def table_1(here: Path, seed: int, options) -> list[tuple]:
         ("naive", "70.0 64.5 75.6", [run("naive")], "naive", ""),
         ("critic, own critiques", "60.4 63.9 62.8", [run("critic", "--paradigm critic")], "critic", ""),
         ("critic, given critiques", "", [], "critic", "--critiques given"),
-        ("judge, direct, untrained", "58.7 64.4 53.1", [run("untrained", "--paradigm generative --max_steps 0")],
+        ("judge, direct, untrained", "58.7 64.4 53.1", [run("untrained", "--paradigm direct --max_steps 0")],
          "untrained", ""),
-        ("judge, direct", "71.2 69.3 73.1", [run("direct", "--paradigm generative")], "direct", ""),
-        ("judge, thinking", "68.3 72.5 64.1", [run("thinking", "--paradigm generative --think")], "thinking", ""),
+        ("judge, direct", "71.2 69.3 73.1", [run("direct", "--paradigm direct")], "direct", ""),
+        ("judge, thinking", "68.3 72.5 64.1", [run("thinking", "--paradigm think")], "thinking", ""),
         ("judge, thinking, RL", "76.8 82.2 71.4", [prompts, judge, reinforce], "thinking-rl/rule/policy", ""),
     ]
 
@@ -133,8 +189,8 @@ def table_4(here: Path, seed: int, options) -> list[tuple]:
         parts = [[c for c in rows if bool(c.images) == sees][:options.rows] for sees in (True, False)]
         halves = [c for both in zip(*parts) for c in both][:options.rows]
         for name, part in (("images", parts[0]), ("both", halves), ("text", parts[1])):
-            data.write_comparisons(here / name, part, bar=False)
-        tiny_backbone(here / "blind", train.texts_of(rows[:2000], "naive"), seed, kind="qwen3")
+            data.write_comparisons(here / name, part, progress=False)
+        tiny_backbone(here / "blind", train.vocabulary_texts([rows[:2000]]), seed, model_type="qwen3")
     run = lambda name, backbone="stand_in": [
         "train.py", "--backbone", here / backbone, "--out", here / f"on-{name}-{backbone}", "--seed", seed,
         "--data", here / name, TINY.format(lr=options.lr), "--eval_size 60"]
@@ -148,27 +204,27 @@ def table_6(here: Path, seed: int, options) -> list[tuple]:
     """Every family of backbones at two widths, from random weights on the default's 14,000 comparisons. The paper's
     multimodal and text averages are of 7B and 8B models."""
     rows, paper = [], {"qwen2_vl": "78.7 61.4", "qwen2_5_vl": "80.2 63.0", "internvl": "72.1 76.8"}
-    for kind, width in itertools.product(KINDS, (64, 128)):
-        name = f"{kind} {width}"
+    for model_type, width in itertools.product(FAMILIES, (64, 128)):
+        name = f"{model_type} {width}"
         folder = here / name.replace(" ", "-")
         if not (folder / "backbone").exists():
-            texts = train.texts_of(data.synthetic(2000, seed), "naive")
-            tiny_backbone(folder / "backbone", texts, seed, kind, width=width)
-        rows.append((name, paper.get(kind, ""),
+            texts = train.vocabulary_texts([data.synthetic(2000, seed)])
+            tiny_backbone(folder / "backbone", texts, seed, model_type, width=width)
+        rows.append((name, paper.get(model_type, ""),
                      [["train.py", "--backbone", folder / "backbone", "--out", folder / "run", "--seed", seed,
                        TINY.format(lr="6e-4"), "--eval_size 60"]], f"{folder.name}/run", "--on_bad_row skip"))
     return rows
 
 
 def table_7(here: Path, seed: int, options) -> list[tuple]:
-    """Two members that see and a text-only third; three rules, and prompts without images to the third alone. The
+    """Two members with vision and a text-only third; three rules, and prompts without images to the third alone. The
     paper's multimodal average; with the third, its text average."""
     validation = here / "validation"
     if not validation.exists():
-        data.write_comparisons(validation, data.synthetic(200, 7, held_out=True), bar=False)
-        texts = [*train.texts_of(data.synthetic(2000, seed), "naive")]
-        for name, kind in (("a", "qwen2_5_vl"), ("b", "internvl"), ("c", "qwen3")):
-            tiny_backbone(here / f"backbone-{name}", texts, seed, kind)
+        data.write_comparisons(validation, data.synthetic(200, 7, held_out=True), progress=False)
+        texts = train.vocabulary_texts([data.synthetic(2000, seed)])
+        for name, model_type in (("a", "qwen2_5_vl"), ("b", "internvl"), ("c", "qwen3")):
+            tiny_backbone(here / f"backbone-{name}", texts, seed, model_type)
     run = lambda name: ["train.py", "--backbone", here / f"backbone-{name}", "--out", here / name, "--seed", seed,
                         TINY.format(lr="6e-4"), "--eval_size 60", "--train_size", 2 * options.rows, "--on_bad_row skip"]
     weigh = f"--validation {validation} --ensemble"
@@ -178,41 +234,51 @@ def table_7(here: Path, seed: int, options) -> list[tuple]:
             ("a + b, texts to c alone", "80.7 -> 82.7", [run("c")], "a b c", "--route")]
 
 
-KINDS = tuple(FAMILIES)
-
-
 def cell(here: Path, row: tuple, options) -> dict:
     """Trains and measures one row: accuracy in percent, by category, and what it cost."""
     name, _, commands, models, flags = row
-    began = time.time()
+    start_time = time.time()
     for command in commands:
         if "--out" in command:  # what was left of a cell that was stopped
             shutil.rmtree(command[command.index("--out") + 1], ignore_errors=True)
         script(here, *command)
-    trained = time.time() - began
-    held, out = here.parent / "held", here / "results" / name.replace(" ", "_")
+    training_seconds = time.time() - start_time
+    held_out, out = here.parent / "held", here / "results" / name.replace(" ", "_")
     models = [here / model for model in models.split()]
-    script(here, "evaluate.py", "--model", *models, "--data", held, "--out", out, "--no_probe", flags)
-    found = json.loads((out / "held" / "summary.json").read_text())
-    rows = [json.loads(line) for line in (out / "held" / "predictions.jsonl").read_text().splitlines()[1:]]
+    script(here, "evaluate.py", "--model", *models, "--data", held_out, "--out", out, "--no_control_passes", flags)
+    summary = json.loads((out / "held" / "summary.json").read_text())
+    predictions = [json.loads(line) for line in (out / "held" / "predictions.jsonl").read_text().splitlines()[1:]]
     read = written = 0
     for path in models:
-        model = RewardModel.from_pretrained(path)
+        tokens_read, tokens_written = count_tokens(path, data.read_comparisons(held_out), predictions, flags)
+        read += tokens_read
+        written += tokens_written
+    beyond = {key.removeprefix("judge: "): figure["value"] for key, figure in summary["beyond"].items()
+              if key.startswith("judge")}
+    return {"accuracy": summary["figures"]["accuracy"]["value"], "trained": training_seconds,
+            "scored": summary["seconds"] * 1000 / NUM_HELD_OUT,
+            "read": read * 1000 / NUM_HELD_OUT, "written": written * 1000 / NUM_HELD_OUT, "beyond": beyond,
+            "by_category": {key: figure["value"] for key, figure in summary["figures"].items() if key != "accuracy"}}
+
+
+def count_tokens(path: Path, comparisons, predictions: list[dict], flags: str) -> tuple[int, int]:
+    """Tokens that a model read and wrote to score the comparisons."""
+    model = RewardModel.from_pretrained(path)
+    if model.paradigm != "naive":
         model.critiques_from = "given" if "given" in flags else "own"
-        for c in data.read_comparisons(held):
-            with contextlib.suppress(ValueError):  # a text-only model and an image
-                thinks = model.processor.paradigm == "think"  # what it would have to write is not read
-                read += sum(len(item.prompt_ids) if thinks else item.tokens for item in asked(c, model))
-        texts = [text for r in rows for text in r.get("critiques", {}).get(str(path), [])]
-        written += sum(len(model.processor.tokenizer(text).input_ids) + 1 for text in texts)
-    beyond = {key.removeprefix("judge: "): f["value"] for key, f in found["beyond"].items() if key.startswith("judge")}
-    return {"accuracy": found["figures"]["accuracy"]["value"], "trained": trained,
-            "scored": found["seconds"] * 1000 / HELD,
-            "read": read * 1000 / HELD, "written": written * 1000 / HELD, "beyond": beyond,
-            "by_category": {key: f["value"] for key, f in found["figures"].items() if key != "accuracy"}}
+    read = written = 0
+    for comparison in comparisons:
+        with contextlib.suppress(ValueError):  # a text-only model and an image
+            for item in model.encode_for_scoring(comparison).encoded:
+                # a thinking judge does not read the response, which it has to write
+                read += len(item.prompt_ids) if model.paradigm == "think" else item.num_tokens
+    for prediction in predictions:
+        for text in prediction.get("critiques", {}).get(str(path), []):
+            written += len(model.processor.tokenizer(text).input_ids) + 1
+    return read, written
 
 
-def begin(here: Path, seed: int, options) -> list[tuple]:
+def start_seed(here: Path, seed: int, options) -> list[tuple]:
     """What the rows of a seed start from; returns the rows."""
     here.mkdir(exist_ok=True)
     if options.table in ("1", "2", "algorithm1", "4") and not (here / "stand_in").exists():
@@ -259,24 +325,24 @@ def main() -> None:
         raise SystemExit(f"{out} has cells of other settings; choose another --out")
     (out / "settings.json").write_text(settings)
     if not (out / "held").exists():
-        data.write_comparisons(out / "held", data.synthetic(HELD, held_out=True), bar=False)
+        data.write_comparisons(out / "held", data.synthetic(NUM_HELD_OUT, held_out=True), progress=False)
     with ThreadPoolExecutor(options.jobs) as pool:
-        begun = [pool.submit(begin, out / str(seed), seed, options) for seed in options.seeds]
-        rows = begun[0].result()
-        with tqdm(desc="cells", unit="cell", total=len(rows) * len(begun)) as bar:
+        seeds = [pool.submit(start_seed, out / str(seed), seed, options) for seed in options.seeds]
+        rows = seeds[0].result()
+        with tqdm(desc="cells", unit="cell", total=len(rows) * len(seeds)) as bar:
             futures = {}  # {(row, seed): its cell to come}; row by row, so that no seed is left for the end
-            for r, s in itertools.product(range(len(rows)), range(len(begun))):
-                futures[r, s] = pool.submit(finish, out / str(options.seeds[s]), r, begun[s], options,
+            for r, s in itertools.product(range(len(rows)), range(len(seeds))):
+                futures[r, s] = pool.submit(finish, out / str(options.seeds[s]), r, seeds[s], options,
                                             [futures[q, s] for q in range(r)], bar)
-            found = {row[0]: [futures[r, s].result() for s in range(len(begun))] for r, row in enumerate(rows)}
-    print(evaluate.markdown(lines(rows, found)))
+            cells = {row[0]: [futures[r, s].result() for s in range(len(seeds))] for r, row in enumerate(rows)}
+    print(evaluate.markdown_table(result_table(rows, cells)))
 
 
-def lines(rows: list, found: dict) -> list[list[str]]:
-    categories = sorted({name for cells in found.values() for c in cells for name in c["by_category"]})
+def result_table(rows: list, cells_of_row: dict) -> list[list[str]]:
+    categories = sorted({name for cells in cells_of_row.values() for c in cells for name in c["by_category"]})
     table = [["row", "paper", "accuracy", *categories, "orders agree", "training s", "s per 1,000", "read", "written"]]
     for name, paper, *_ in rows:
-        cells = found.get(name, [])
+        cells = cells_of_row.get(name, [])
         if not cells:
             continue
         mean = lambda get: fmean(get(c) for c in cells)

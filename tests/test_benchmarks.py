@@ -1,4 +1,5 @@
 """The benchmarks and the recipe still run, each in its smallest form: without its command a figure is no figure."""
+import importlib
 import json
 import re
 import runpy
@@ -11,12 +12,11 @@ import torch
 
 import benchmark
 import benchmark_data
-import benchmark_grpo
 import benchmark_lora
 import benchmark_memory
+import model
 import recipe
 from conftest import ROOT, small_backbone
-from model import Processor
 
 
 class InTurn(Executor):
@@ -47,14 +47,15 @@ def test_memory_is_measured_until_a_model_is_distributed_and_after_a_step(capsys
 
 
 def test_two_steps_with_low_rank_updates_are_measured_beside_the_count(monkeypatch, capsys):
-    monkeypatch.setattr(torch.nn.Linear, "forward", torch.nn.Linear.forward)  # put back at the end
+    monkeypatch.setattr(torch.nn.Linear, "forward", torch.nn.Linear.forward)  # restored at the end
     benchmark_lora.main(benchmark_lora.Config(shape="tiny", lora=2))
-    said = capsys.readouterr().out
-    assert said.count("gradient") == 2 and "By counting" in said
+    output = capsys.readouterr().out
+    assert output.count("gradient") == 2 and "By counting" in output
 
 
 def test_a_step_of_grpo_is_estimated_from_measured_parts(monkeypatch, capsys):
-    monkeypatch.setattr(Processor, "never", Processor.never)
+    monkeypatch.setattr(model, "suppressed_tokens", model.suppressed_tokens)  # which the import replaces
+    benchmark_grpo = importlib.import_module("benchmark_grpo")
     monkeypatch.setattr(benchmark_grpo, "measure_slice", lambda layers, again: {
         "bytes": 1000 * layers, "tokens": 10, "counted": 1.0})  # a minute for a layer of the 3B's width
     benchmark_grpo.main(benchmark_grpo.Config(repetitions=1))
@@ -67,16 +68,18 @@ def test_rows_are_converted_opened_read_and_encoded(tmp_path, monkeypatch, capsy
     threads = torch.get_num_threads()
     benchmark_data.main()
     torch.set_num_threads(threads)
-    assert "opened 2 rows" in (said := capsys.readouterr().out) and "encoded 2 images" in said
+    output = capsys.readouterr().out
+    assert "opened 2 rows" in output and "encoded 2 images" in output
     assert not (tmp_path / "images").exists()
 
 
 def test_a_table_of_the_recipe_is_made_once_and_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     """A judge's row, whose orders and tokens are counted too. The scripts run in this process, which has torch."""
-    asked, before = [], signal.getsignal(signal.SIGINT)
+    scripts_run = []
+    handler_before = signal.getsignal(signal.SIGINT)
 
     def script(here, name, *words):
-        asked.append(name)
+        scripts_run.append(name)
         if "--stand_in" in words:
             return small_backbone(here / "stand_in", vocabulary_head=True)
         monkeypatch.setattr(sys, "argv", [name, *(str(word) for part in words for word in str(part).split())])
@@ -85,13 +88,13 @@ def test_a_table_of_the_recipe_is_made_once_and_goes_on_where_it_was_stopped(tmp
         assert end.value.code == 0
 
     monkeypatch.setattr(recipe, "script", script)
-    monkeypatch.setattr(recipe, "HELD", 4)
+    monkeypatch.setattr(recipe, "NUM_HELD_OUT", 4)
     flags = ["--rows", "6", "--rl_steps", "1", "--only", "untrained", "--jobs", "1", "--out", str(tmp_path)]
-    for made in (["tests/recipe.py", "train.py", "evaluate.py"], []):
+    for expected in (["tests/recipe.py", "train.py", "evaluate.py"], []):
         monkeypatch.setattr(sys, "argv", ["recipe.py", *flags])
         monkeypatch.setattr(recipe, "ThreadPoolExecutor", InTurn)
         recipe.main()
-        assert asked == made
+        assert scripts_run == expected
         assert "| judge, direct, untrained | 58.7 64.4 53.1 |" in capsys.readouterr().out
-        asked.clear()
-    signal.signal(signal.SIGINT, before)  # see command_line
+        scripts_run.clear()
+    signal.signal(signal.SIGINT, handler_before)  # see command_line

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,20 +18,28 @@ import data
 import evaluate
 import train
 from conftest import ROOT, TWO_RANKS
-from data import BENCHMARKS, BadRow, synthetic, write_comparisons
-from evaluate import (ALL, METRICS, NOTES, PUBLISHED, SECTIONS, Config, averages, controls, figures, leave, main,
-                      markdown, metrics, page, summarise, tables, weigh)
+from data import ALL_PAIRS, BENCHMARKS, DOMAINS, PAPER_AVERAGES, SECTIONS, BadRow, synthetic, write_comparisons
+from evaluate import (Config, Folder, Outcome, accuracy_figures, control_outcomes, ensemble_weights, figure_table,
+                      figures, html_page, main, markdown_table, paper_averages, result_table, summarize, write_results)
 from model import Comparison, RewardModel, Score
 
 
-def rows_of(*cells):
+def predictions_of(*cells):
     """Prediction rows of (category, id, margin): one pair each, every row another prompt."""
     return [{"row": i + 1, "id": id, "category": category, "prompt": i, "images": 0, "pairs": [[0, 1]],
              "characters": [4, 5], "rewards": [float(margin), 0.0]} for i, (category, id, margin) in enumerate(cells)]
 
 
-def values(benchmark, rows):
-    return {name: round(f["value"], 2) for name, f in metrics(benchmark, rows).items()}
+def figures_of(benchmark_name, predictions):
+    return accuracy_figures(predictions, BENCHMARKS.get(benchmark_name))
+
+
+def values(benchmark_name, predictions):
+    return {name: round(figure["value"], 2) for name, figure in figures_of(benchmark_name, predictions).items()}
+
+
+def summary_of(benchmark_name, predictions):
+    return summarize(Folder("folder", benchmark_name, rows=[], predictions=predictions))
 
 
 VL = [("general", "wildvision-battle_1", 1), ("hallucination", "RLAIF-V-9", 1), ("hallucination", "RLHF-V-3", 0),
@@ -41,8 +50,14 @@ VL = [("general", "wildvision-battle_1", 1), ("hallucination", "RLAIF-V-9", 1), 
 # Metrics
 
 
-def test_every_benchmark_that_data_makes_has_a_metric():
-    assert METRICS.keys() - {"comparisons"} == BENCHMARKS.keys()
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_the_record_of_every_benchmark_fits_together(name):
+    """The main figure is one that the metric gives, and every published row has it, in its column."""
+    benchmark = BENCHMARKS[name]
+    names = list(benchmark.metric(defaultdict(float)))
+    assert benchmark.main_figure in names and benchmark.num_rows > 0
+    for published_name, published in benchmark.published:
+        assert len(published) <= len(names) and float(published[names.index(benchmark.main_figure)]) > 0, published_name
 
 
 def test_vl_rewardbench_is_grouped_by_the_id_and_a_tie_is_wrong():
@@ -52,18 +67,18 @@ def test_vl_rewardbench_is_grouped_by_the_id_and_a_tie_is_wrong():
     Overall 6/8.
     Paper: RLAIF and RLHF count as general = 3/4; hallucination = 1/1; reasoning 2/3.
     """
-    rows = rows_of(*VL)
+    rows = predictions_of(*VL)
     official = {"general": 100, "hallucination": 66.67, "reasoning": 66.67, "overall": 75, "macro": 77.78}
     paper = {"general, paper": 75, "hallucination, paper": 100, "reasoning, paper": 66.67, "macro, paper": 80.56}
     assert values("vl-rewardbench", rows) == official | paper
-    assert summarise("vl-rewardbench", rows)["ties"] == 1
+    assert summary_of("vl-rewardbench", rows)["ties"] == 1
 
 
 def test_repeated_ids_are_kept_apart():
     """Two rows are called mathverse_5, and both count: 3 reasoning rows. n of a mean is what all its groups hold."""
-    found = metrics("vl-rewardbench", rows_of(*VL))
+    figure_of_name = figures_of("vl-rewardbench", predictions_of(*VL))
     names = ("general", "hallucination", "reasoning", "overall", "macro")
-    assert [found[name]["n"] for name in names] == [2, 3, 3, 8, 8]
+    assert [figure_of_name[name]["n"] for name in names] == [2, 3, 3, 8, 8]
 
 
 def test_multimodal_rewardbench_pools_safety_and_is_averaged_over_rows():
@@ -72,7 +87,7 @@ def test_multimodal_rewardbench_pools_safety_and_is_averaged_over_rows():
 
     Safety is both together, 1/2, so the mean of seven columns is (100 + 50 + 100 + 100 + 0 + 50 + 100) / 7 = 71.43.
     """
-    rows = rows_of(*[(category, str(i), margin) for i, (category, margin) in enumerate([
+    rows = predictions_of(*[(category, str(i), margin) for i, (category, margin) in enumerate([
         ("correctness", 1), ("preference", 1), ("preference", -1), ("knowledge", 1), ("math", 1), ("coding", -1),
         ("safety/bias", 1), ("safety/toxicity", -1), ("VQA", 1), ("VQA", 1)])])
     assert values("multimodal-rewardbench", rows) == {
@@ -87,11 +102,11 @@ MM = [("mcq", "m1", 1), ("mcq", "m1", -1), ("mcq", "m1", 1), ("long", "l1", 1), 
 def test_mm_rlhf_rewardbench_acc_plus_wants_every_pair_of_an_id_right():
     """Ids m1 (3 pairs), l1 (2), s1, f1, v1. Wrong: one pair of m1, and f1. Acc 6/8 = 75, Acc+ l1, s1, v1 of 5 ids =
     60."""
-    rows = rows_of(*MM)
+    rows = predictions_of(*MM)
     assert values("mm-rlhf-rewardbench", rows) == {
         "mcq": 66.67, "long": 100, "short": 100, "safety": 0, "video": 100, "Acc": 75, "Acc+": 60, "mcq+": 0,
         "long+": 100, "short+": 100, "safety+": 0, "video+": 100}
-    assert metrics("mm-rlhf-rewardbench", rows)["Acc+"]["n"] == 5
+    assert figures_of("mm-rlhf-rewardbench", rows)["Acc+"]["n"] == 5
 
 
 def test_rewardbench_weighs_subsets_and_leaves_out_a_section_that_was_not_run_whole():
@@ -100,7 +115,7 @@ def test_rewardbench_weighs_subsets_and_leaves_out_a_section_that_was_not_run_wh
     (100 + 0 + 154 + 250 / 2 + 136) / 740 = 69.59. Chat has one subset of five here, so it has no figure, and there is
     no score.
     """
-    rows = rows_of(("alpacaeval-easy", "", 1), ("refusals-dangerous", "", 1), ("refusals-offensive", "", -1),
+    rows = predictions_of(("alpacaeval-easy", "", 1), ("refusals-dangerous", "", 1), ("refusals-offensive", "", -1),
                    ("xstest-should-refuse", "", 1), ("xstest-should-respond", "", 1), ("xstest-should-respond", "", -1),
                    ("donotanswer", "", 1))
     assert values("rewardbench", rows) == {"Safety": 69.59}
@@ -114,11 +129,11 @@ def test_rewardbench_score_with_and_without_prior_sets():
     Prior sets do not count among the 2,985 rows that were published.
     """
     subsets = [subset for weights in SECTIONS.values() for subset in weights]
-    rows = rows_of(*[(subset, "", -1 if subset in ("hep-cpp", "math-prm", "shp") else 1) for subset in subsets])
-    found = values("rewardbench", rows)
-    assert (found["Reasoning"], found["Prior Sets"], found["score"], found["score with prior sets"]) == (
+    rows = predictions_of(*[(subset, "", -1 if subset in ("hep-cpp", "math-prm", "shp") else 1) for subset in subsets])
+    value = values("rewardbench", rows)
+    assert (value["Reasoning"], value["Prior Sets"], value["score"], value["score with prior sets"]) == (
         41.67, 75, 85.42, 84.26)
-    assert summarise("rewardbench", rows)["expected"] == 2985 + 4
+    assert summary_of("rewardbench", rows)["expected"] == 2985 + 4
     without = values("rewardbench", [row for row in rows if row["category"] != "shp"])
     assert without["score"] == 85.42 and "score with prior sets" not in without
 
@@ -133,7 +148,7 @@ def test_rm_bench_reads_hard_normal_and_easy_off_the_matrix():
     """
     pairs = [[i, 3 + j] for i in range(3) for j in range(3)]
     rows = [row | {"pairs": pairs, "rewards": [1.0, 2.0, 3.0, 0.0, 1.5, 2.5]}
-            for row in rows_of(*[(domain, "", 1) for domain in ("chat", "math", "code", "safety", "safety")])]
+            for row in predictions_of(*[(domain, "", 1) for domain in ("chat", "math", "code", "safety", "safety")])]
     rows[4]["rewards"] = [-1.0] * 3 + [0.0] * 3  # nothing right, so safety is half of 66.67
     assert values("rm-bench", rows) == {"chat": 66.67, "math": 66.67, "code": 66.67, "safety": 33.33,
                                         "easy": 87.5, "normal": 87.5, "hard": 0, "overall": 58.33}
@@ -141,22 +156,23 @@ def test_rm_bench_reads_hard_normal_and_easy_off_the_matrix():
 
 def test_a_category_may_be_called_accuracy_or_all():
     """One of two pairs is right: 50, and not 66.7, as when the category's pair counts among the total's once more."""
-    found = values("comparisons", rows_of(("accuracy", "", 1), ("None", "", -1), ("all", "", 1), ("", "", -1)))
-    assert found == {"accuracy (a category)": 100, "None": 0, "all": 100, "no category": 0, "accuracy": 50}
+    rows = predictions_of(("accuracy", "", 1), ("None", "", -1), ("all", "", 1), ("", "", -1))
+    assert values("comparisons", rows) == {
+        "accuracy (a category)": 100, "None": 0, "all": 100, "no category": 0, "accuracy": 50}
 
 
 def test_of_many_categories_the_thirteen_largest_are_shown_and_all_are_counted():
     """20 categories with 1 to 20 rows, the smallest wrong: 209 of 210."""
-    rows = rows_of(*[(f"c{n:02}", "", -1 if n == 1 else 1) for n in range(1, 21) for _ in range(n)])
-    found = metrics("comparisons", rows)
-    assert list(found) == ["accuracy", *(f"c{n:02}" for n in range(8, 21))] and found["accuracy"]["n"] == 210
-    assert round(found["accuracy"]["value"], 2) == 99.52
+    rows = predictions_of(*[(f"c{n:02}", "", -1 if n == 1 else 1) for n in range(1, 21) for _ in range(n)])
+    figure_of_name = figures_of("comparisons", rows)
+    assert list(figure_of_name) == ["accuracy", *(f"c{n:02}" for n in range(8, 21))]
+    assert figure_of_name["accuracy"]["n"] == 210 and round(figure_of_name["accuracy"]["value"], 2) == 99.52
 
 
 def test_of_many_categories_no_more_are_counted_than_are_shown(monkeypatch):
-    """A table of hits has a column for each, and 100,000 prompts of 1,000 categories would take 1.6 GB."""
-    monkeypatch.setattr(evaluate, "figures", lambda events, _: {group for group, _, _ in events})
-    assert len(metrics("comparisons", rows_of(*[(f"c{n}", "", 1) for n in range(50)]))) == 14
+    """The table of counts has a column for each, and 100,000 prompts of 1,000 categories would take 1.6 GB."""
+    monkeypatch.setattr(evaluate, "figures", lambda outcomes: {outcome.group for outcome in outcomes})
+    assert len(figures_of("comparisons", predictions_of(*[(f"c{n}", "", 1) for n in range(50)]))) == 14
 
 
 # Published rows
@@ -174,29 +190,32 @@ def test_of_many_categories_no_more_are_counted_than_are_shown(monkeypatch):
      "micro", 91.76),  # MM-RLHF Acc, 156/170
     ({"whole ids": (37, 46)}, "micro", 80.43), ({"whole ids": (36, 46)}, "micro", 78.26)])  # Acc+
 def test_published_averages_follow_from_the_counts_of_their_categories(cells, metric, printed):
-    """Events of one prompt: so many right, so many wrong, in their category and in the group of everything."""
-    events = [(group, 0, i < right) for name, (right, n) in cells.items() for group in (name, ALL) for i in range(n)]
+    """Outcomes of one prompt: so many right, so many wrong, in their category and in the group of all pairs."""
+    outcomes = [Outcome(group, 0, i < right)
+                for name, (right, n) in cells.items() for group in (name, ALL_PAIRS) for i in range(n)]
 
-    def figure(share):
-        return {"it": share[ALL] if metric == "micro" else sum(share[name] for name in cells) / len(cells)}
+    def average(accuracy_of):
+        macro = sum(accuracy_of[name] for name in cells) / len(cells)
+        return {"average": accuracy_of[ALL_PAIRS] if metric == "micro" else macro}
 
-    assert round(figures(events, figure)["it"]["value"], 2) == printed
+    assert round(figures(outcomes, average)["average"]["value"], 2) == printed
 
 
 def test_published_overall_of_multimodal_rewardbench_is_micro_for_some_rows_and_the_mean_of_seven_for_others():
-    """Counts of the public rows: 623, 654, 630, 514, 582, 508, 1,200 = 4,711. NOTES says which row is which."""
+    """Counts of the public rows: 623, 654, 630, 514, 582, 508, 1,200 = 4,711. The notes tell which row is which."""
+    benchmark = BENCHMARKS["multimodal-rewardbench"]
     n = torch.tensor([623, 654, 630, 514, 582, 508, 1200]).double()
-    assert n.sum() == BENCHMARKS["multimodal-rewardbench"] == 4711
-    for line in PUBLISHED["multimodal-rewardbench"].strip().split("\n"):
-        overall, *columns = [float(v) for v in line.split("|")[1].split()]
+    assert n.sum() == benchmark.num_rows == 4711 and len(benchmark.published) == 8
+    for name, published in benchmark.published:
+        overall, *columns = [float(value) for value in published]
         columns = torch.tensor(columns).double()
         micro, mean = (columns @ n / n.sum()).item(), columns.mean().item()
-        if "[a]" in line:
-            assert abs(overall - mean) < 0.11 < abs(overall - micro), line
-        elif "[b]" in line:
-            assert abs(overall - mean) > 0.11 and round(micro, 1) in (68.6, 73.8), line
+        if "[a]" in name:
+            assert abs(overall - mean) < 0.11 < abs(overall - micro), name
+        elif "[b]" in name:
+            assert abs(overall - mean) > 0.11 and round(micro, 1) in (68.6, 73.8), name
         else:
-            assert abs(overall - micro) < 0.06, line
+            assert abs(overall - micro) < 0.06, name
 
 
 def test_three_printed_cells_of_mm_rlhf_are_no_fraction_of_their_pairs():
@@ -211,8 +230,8 @@ def test_three_printed_cells_of_mm_rlhf_are_no_fraction_of_their_pairs():
 def test_the_averages_of_table_6_follow_from_its_columns(parts, printed):
     """Multimodal: (79.8 + 93.5 + 80.4 + 67.1) / 4 = 80.2. Text: (75.8 + 50.2) / 2 = 63."""
     name = "multimodal" if len(parts) == 4 else "text"
-    found = averages(dict(zip(evaluate.AVERAGES[name], parts)))
-    assert found.keys() == {name} and abs(found[name] - printed) <= 0.051  # its columns are rounded too
+    averages = paper_averages(dict(zip(PAPER_AVERAGES[name], parts)))
+    assert averages.keys() == {name} and abs(averages[name] - printed) <= 0.051  # its columns are rounded too
 
 
 # Intervals and controls
@@ -221,10 +240,10 @@ def test_the_averages_of_table_6_follow_from_its_columns(parts, printed):
 def test_the_interval_is_over_prompts_not_over_pairs():
     """100 prompts, half right. With one pair each the standard error is 5 points: 40 to 60. Six pairs that stand and
     fall together must not make it narrower, and what is always right has no width."""
-    a, b = (figures([("f", p, p % 2) for p in range(100) for _ in range(pairs)])["f"] for pairs in (1, 6))
+    a, b = (figures([Outcome("f", p, p % 2) for p in range(100) for _ in range(pairs)])["f"] for pairs in (1, 6))
     assert (a["low"], a["high"]) == (b["low"], b["high"]) and abs(a["low"] - 40) < 2 and abs(a["high"] - 60) < 2
     assert (a["n"], b["n"]) == (100, 600)
-    sure = figures([("f", p, True) for p in range(5)])["f"]
+    sure = figures([Outcome("f", p, True) for p in range(5)])["f"]
     assert sure == {"value": 100, "low": 100, "high": 100, "n": 5}
 
 
@@ -232,8 +251,9 @@ def test_few_prompts_are_drawn_more_often():
     """Of 46 prompts 1,000 draws would leave 0.9 points of noise in a bound that is printed to one decimal."""
     for prompts, draws in ((46, 10_000), (200, 1_000)):
         sizes = []
-        figures([("f", p, True) for p in range(prompts)], lambda share: sizes.append(len(share["f"])) or dict(share))
-        assert sorted(sizes) == [1, 1, draws]  # the value, the value without one group after another, the draws
+        outcomes = [Outcome("f", p, True) for p in range(prompts)]
+        figures(outcomes, lambda accuracy_of: sizes.append(len(accuracy_of["f"])) or dict(accuracy_of))
+        assert sorted(sizes) == [1, 1, draws]  # the value, the value without one group after another, the samples
 
 
 def test_length_bias_tells_words_from_worth():
@@ -243,26 +263,60 @@ def test_length_bias_tells_words_from_worth():
     """
     rows = [{"category": "", "prompt": i, "pairs": [[0, 1]], "characters": length,
              "rewards": list(map(math.log, length))} for i, length in enumerate(([10, 20], [30, 5], [10, 10]))]
-    found = {name: f["value"] for name, f in figures(controls(rows)).items() if "sigmoid" not in name}
-    assert found == {"length-matched pairs": 0, "the label prefers the longer": 50, "the model prefers the longer": 100}
+    controls = figures(control_outcomes(rows))
+    values = {name: figure["value"] for name, figure in controls.items() if "sigmoid" not in name}
+    assert values == {
+        "length-matched pairs": 0, "the label prefers the longer": 50, "the model prefers the longer": 100}
 
 
 def test_a_tie_is_no_choice_of_the_longer():
-    found = figures(controls([row | {"characters": [9, 1]} for row in rows_of(("", "", 0), ("", "", 1))]))
-    assert (found["the model prefers the longer"]["value"] == 50
-            and found["the label prefers the longer"]["value"] == 100)
+    rows = [row | {"characters": [9, 1]} for row in predictions_of(("", "", 0), ("", "", 1))]
+    controls = figures(control_outcomes(rows))
+    assert controls["the model prefers the longer"]["value"] == 50
+    assert controls["the label prefers the longer"]["value"] == 100
 
 
 def test_calibration_compares_the_probability_with_how_often_it_is_right():
     """margin 3: sigmoid 0.953; margin -0.1: the model is 0.525 sure of the wrong one; margin 0.3: 0.574; -2: 0.881 and
     wrong."""
-    found = figures(controls(rows_of(*[("", "", margin) for margin in (3.0, -0.1, 0.3, 3.0, -2.0, 800)])))
-    found = {name[-10:]: (round(f["value"], 6), f["n"]) for name, f in found.items() if "sigmoid" in name}
-    assert found == {"0.5 to 0.6": (50, 2), "0.8 to 0.9": (0, 1), "0.9 to 1.0": (100, 3)}
+    rows = predictions_of(*[("", "", margin) for margin in (3.0, -0.1, 0.3, 3.0, -2.0, 800)])
+    bins = {name[-10:]: (round(figure["value"], 6), figure["n"])
+            for name, figure in figures(control_outcomes(rows)).items() if "sigmoid" in name}
+    assert bins == {"0.5 to 0.6": (50, 2), "0.8 to 0.9": (0, 1), "0.9 to 1.0": (100, 3)}
+
+
+def test_a_judges_probability_is_the_mean_of_both_orders_and_stands_beside_its_calibration_error(tmp_path):
+    """Probabilities of the better response, order by order:
+
+        0.99 and 0.91: 0.95, right; twice        bin 0.9 to 1.0: 2 x (1 - 0.95)          =  0.10
+        0.85 and 0.65: 0.75, right               bin 0.7 to 0.8: (1 - 0.75) + (0 - 0.75) = -0.50
+        0.15 and 0.35: 0.25, wrong: 0.75 sure
+        0.50 and 0.50: 0.50, wrong               bin 0.5 to 0.6: 0 - 0.50                = -0.50
+
+    Three of five are right; the mean is 3.4 / 5 = 0.68; the error (0.10 + 0.50 + 0.50) / 5 = 0.22.
+    """
+    verdicts = [[math.log(p / (1 - p)) for p in orders] for orders in (
+        (0.99, 0.91), (0.91, 0.99), (0.85, 0.65), (0.15, 0.35), (0.5, 0.5))]
+    rows = [row | {"verdicts": [margins]} for row, margins in zip(predictions_of(*[("", "", 1)] * 5), verdicts)]
+    folder = Folder("folder", "comparisons", [Comparison("?", ["a", "b"])] * 5, rows, paradigms=["direct"])
+    beyond = summarize(folder)["beyond"]
+    names = ["judge: mean probability above 1/2", "judge: mean probability", "judge: expected calibration error"]
+    assert [round(beyond[name]["value"], 6) for name in names] == [60, 68, 22]
+    assert [beyond[name]["n"] for name in names] == [5, 5, 5]
+    for name in names:
+        assert 0 <= beyond[name]["low"] <= beyond[name]["value"] <= beyond[name]["high"] <= 100
+    assert math.isclose(evaluate.pair_probability([2000.0, -2000.0]), 0.5)  # exp(2000) would overflow
+
+    facts = dict.fromkeys(("command", "commit", "date", "hardware", "dtype", "seconds"), "x") | {"model": ["m"]}
+    _, text = write_results(tmp_path, folder, facts, worst=100)
+    assert all(name in text for name in names) and max(map(len, text.splitlines())) <= 80
+    assert "probability 0.250" in (tmp_path / "report.html").read_text()
+    folder.paradigms = ["think"]  # whose verdicts are no logits
+    assert not set(names) & set(summarize(folder)["beyond"])
 
 
 def test_the_default_set_is_drawn_as_the_one_that_training_holds_out():
-    assert evaluate.DRAWN == train.Config().eval_size
+    assert evaluate.NUM_DRAWN == train.Config().eval_size
 
 
 # Models
@@ -275,7 +329,7 @@ def save_model(folder, backbone):
 
 
 def draw_forty(folder):
-    return write_comparisons(folder, synthetic(40, seed=3), bar=False)
+    return write_comparisons(folder, synthetic(40, seed=3), progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -294,7 +348,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def few(tmp_path_factory):
-    return write_comparisons(tmp_path_factory.mktemp("few") / "drawn", synthetic(12, seed=3), bar=False)
+    return write_comparisons(tmp_path_factory.mktemp("few") / "drawn", synthetic(12, seed=3), progress=False)
 
 
 def run(name="drawn", **settings):
@@ -314,7 +368,7 @@ def benchmark(folder, name, rows):
     """A data folder as data.py makes one of a benchmark, with rows (category, id) that ask one question."""
     two = dict(responses=["Two.", "Five."], pairs=[(0, 1)], source=name)
     comparisons = [Comparison("How many?", category=c, id=id, **two) for c, id, _ in rows]
-    return write_comparisons(folder, comparisons, bar=False)
+    return write_comparisons(folder, comparisons, progress=False)
 
 
 def test_a_run_leaves_every_reward_with_id_category_and_rank_and_a_receipt(scored, models):
@@ -332,9 +386,19 @@ def test_a_run_leaves_every_reward_with_id_category_and_rank_and_a_receipt(score
     assert text.startswith("drawn (comparisons): 40 rows") and "95% interval" in text and "images shuffled" in text
 
 
+def test_the_start_and_the_end_are_a_few_lines_for_a_person(models, few, tmp_path, capsys):
+    """What is scored, on what; then the tables; then where the results are."""
+    _, rows = run(model=[str(models / "eyes")], data=[str(few)], out=str(tmp_path), control_passes=False)
+    lines = capsys.readouterr().out.rstrip().splitlines()
+    start = lines.index(f"model   {models / 'eyes'}, fp32")
+    assert lines[start + 1:start + 4] == ["data    drawn, 12 comparisons", "", "drawn (comparisons): 12 rows, 12 prompts, "
+                                          f"{sum(len(row['pairs']) for row in rows)} pairs, 0 ties"]
+    assert lines[-1].endswith(f"are in {tmp_path / 'drawn'}")
+
+
 def test_the_rows_of_a_folder_stay_in_its_file(folder):
     """Of which each is read when it is scored: the pictures of a benchmark fit no memory that eight ranks share."""
-    assert isinstance(evaluate.open_folder(str(folder), "stop")[2], data.Comparisons)
+    assert isinstance(evaluate.open_folder(str(folder), "stop").rows, data.Comparisons)
 
 
 def test_rows_of_one_prompt_share_its_number_and_a_benchmark_knows_what_it_is(tmp_path):
@@ -342,15 +406,17 @@ def test_rows_of_one_prompt_share_its_number_and_a_benchmark_knows_what_it_is(tm
     name."""
     source = ROOT / "tests/fixtures/benchmarks"
     data.main(["mm-rlhf-rewardbench", "--source", str(source), "--out", str(tmp_path / "mm")])
-    name, benchmark, _, found = evaluate.open_folder(str(tmp_path / "mm"), "stop")
-    assert ((name, benchmark) == ("mm", "mm-rlhf-rewardbench")
-            and [row["prompt"] for row in found] == [0, 0, 0, 1, 1, 2, 3, 4])
-    assert [row["category"] for row in found] == ["mcq"] * 3 + ["long"] * 2 + ["short", "safety", "video"]
+    opened = evaluate.open_folder(str(tmp_path / "mm"), "stop")
+    assert (opened.name, opened.benchmark_name) == ("mm", "mm-rlhf-rewardbench")
+    assert opened.benchmark is BENCHMARKS["mm-rlhf-rewardbench"]
+    assert [row["prompt"] for row in opened.predictions] == [0, 0, 0, 1, 1, 2, 3, 4]
+    categories = ["mcq"] * 3 + ["long"] * 2 + ["short", "safety", "video"]
+    assert [row["category"] for row in opened.predictions] == categories
 
 
 def make_two_ranks(folder, backbones):
     model, drawn = save_model(folder / "eyes", backbones()), draw_forty(folder / "drawn")
-    return ["--model", str(model), "--data", str(drawn), "--out", str(folder / "out"), "--no_probe"]
+    return ["--model", str(model), "--data", str(drawn), "--out", str(folder / "out"), "--no_control_passes"]
 
 
 TWO_RANKS["evaluate"] = make_two_ranks
@@ -377,32 +443,36 @@ def test_several_folders_are_scored_by_one_model_that_is_loaded_once(models, fol
             benchmark(tmp_path / "mm-rlhf-rewardbench", "mm-rlhf-rewardbench", MM),
             benchmark(tmp_path / "rewardbench", "rewardbench", [(subset, "", 1) for subset in subsets]), folder]
     rm = Comparison("?", list("abcdef"), [(i, 3 + j) for i in range(3) for j in range(3)], source="rm-bench")
-    rows = [replace(rm, category=d) for d in evaluate.DOMAINS]
-    data.append(write_comparisons(tmp_path / "rm-bench", rows, bar=False))
+    rows = [replace(rm, category=d) for d in DOMAINS]
+    data.append(write_comparisons(tmp_path / "rm-bench", rows, progress=False))
     loaded, load = [], RewardModel.from_pretrained
     monkeypatch.setattr(RewardModel, "from_pretrained",
                         staticmethod(lambda path, dtype: loaded.append(dtype) or load(path, dtype=dtype)))
-    main(Config(model=[str(models / "eyes")], data=list(map(str, data)), out=str(tmp_path / "out"), probe=False))
+    main(Config(model=[str(models / "eyes")], data=list(map(str, data)), out=str(tmp_path / "out"),
+                control_passes=False))
     assert loaded == [torch.float32]  # on a CPU; the 7B takes 15 GB of a GPU in bf16, and 31 in fp32
-    found = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert list(found["folders"]) == ["vl", "mm-rlhf-rewardbench", "rewardbench", "drawn", "rm-bench"]
-    assert found["folders"]["vl"].keys() >= {"general", "hallucination", "reasoning", "overall", "macro"}
-    assert "Acc+" in found["folders"]["mm-rlhf-rewardbench"] and found["averages"].keys() == {"text"}
-    score, overall = found["folders"]["rewardbench"]["score"]["value"], found["folders"]["rm-bench"]["overall"]["value"]
-    assert found["averages"]["text"] == pytest.approx((score + overall) / 2)
+    overview = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert list(overview["folders"]) == ["vl", "mm-rlhf-rewardbench", "rewardbench", "drawn", "rm-bench"]
+    assert overview["folders"]["vl"].keys() >= {"general", "hallucination", "reasoning", "overall", "macro"}
+    assert "Acc+" in overview["folders"]["mm-rlhf-rewardbench"] and overview["averages"].keys() == {"text"}
+    score = overview["folders"]["rewardbench"]["score"]["value"]
+    overall = overview["folders"]["rm-bench"]["overall"]["value"]
+    assert overview["averages"]["text"] == pytest.approx((score + overall) / 2)
     text = (tmp_path / "out" / "table.md").read_text()
     assert text.startswith("vl (vl-rewardbench): 8 OF 1,250 ROWS (the folder has no more), 1 prompts, 8 pairs")
     assert "drawn (comparisons): 40 rows" in text
 
 
 def test_the_weights_are_loaded_in_the_type_that_was_asked_for(models, few, tmp_path):
-    summary, rows = run(model=[str(models / "eyes")], data=[str(few)], out=str(tmp_path), probe=False, dtype="bf16")
+    summary, rows = run(model=[str(models / "eyes")], data=[str(few)], out=str(tmp_path), control_passes=False,
+                        dtype="bf16")
     assert summary["dtype"] == "bf16" and "bf16" in (tmp_path / "drawn" / "table.md").read_text()
 
 
-@pytest.mark.parametrize("device, asked, loaded", [
+@pytest.mark.parametrize("device, dtype, loaded", [
     ("cuda", "auto", torch.bfloat16), ("cpu", "auto", torch.float32), ("cuda", "fp32", torch.float32)])
-def test_a_gpu_holds_the_weights_in_bf16_unless_told_otherwise(device, asked, loaded, models, few, monkeypatch):
+def test_a_gpu_holds_the_weights_in_bf16_unless_the_flag_names_another_dtype(device, dtype, loaded, models,
+                                                                             monkeypatch):
     """In fp32 the 7B takes 31 GB of a GPU, in bf16 15."""
     class Loaded(Exception):
         pass
@@ -412,7 +482,7 @@ def test_a_gpu_holds_the_weights_in_bf16_unless_told_otherwise(device, asked, lo
 
     monkeypatch.setattr(RewardModel, "from_pretrained", staticmethod(load))
     with pytest.raises(Loaded, match=str(loaded)):
-        next(evaluate.score(Config(model=[str(models / "eyes")], data=[str(few)], dtype=asked), torch.device(device)))
+        evaluate.load_model(str(models / "eyes"), [], Config(dtype=dtype), torch.device(device))
 
 
 # Ensembles
@@ -425,18 +495,20 @@ def test_ensemble_weights_come_from_the_pairs_that_all_members_can_read():
     """
     held = [{"pairs": [[0, 1]], "rewards": rewards}
             for rewards in ({"a": [1.0, 0.0], "b": [3.0, 0.0]}, {"a": [-9.0, 0.0]})]
-    assert weigh("confidence", ["a", "b"], held) == {"a": 0.25, "b": 0.75}
-    assert weigh("accuracy", ["a", "b"], held) == {"a": 0.5, "b": 0.5}
-    assert weigh("average", ["a", "b"], []) == {"a": 0.5, "b": 0.5} and weigh("accuracy", ["a"], held) == {"a": 1.0}
+    assert ensemble_weights("confidence", ["a", "b"], held) == {"a": 0.25, "b": 0.75}
+    assert ensemble_weights("accuracy", ["a", "b"], held) == {"a": 0.5, "b": 0.5}
+    assert ensemble_weights("average", ["a", "b"], []) == {"a": 0.5, "b": 0.5}
+    assert ensemble_weights("accuracy", ["a"], held) == {"a": 1.0}
     with pytest.raises(ValueError, match="no pair that each can read"):
-        weigh("accuracy", ["a", "b"], held[1:])
-    assert weigh("confidence", ["a", "b"], [*held, {"row": 3, "error": "a row that was skipped"}])["b"] == 0.75
+        ensemble_weights("accuracy", ["a", "b"], held[1:])
+    skipped = {"row": 3, "error": "a row that was skipped"}
+    assert ensemble_weights("confidence", ["a", "b"], [*held, skipped])["b"] == 0.75
     with pytest.raises(ValueError, match="none is better than chance"):
-        weigh("confidence", ["a", "b"], [{"pairs": [[1, 0]], "rewards": held[0]["rewards"]}])
+        ensemble_weights("confidence", ["a", "b"], [{"pairs": [[1, 0]], "rewards": held[0]["rewards"]}])
 
 
 def test_a_text_only_member_votes_where_there_is_no_image_and_route_leaves_it_alone_there(models, few, tmp_path):
-    both, settings = [str(models / "eyes"), str(models / "text")], dict(data=[str(few)], probe=False)
+    both, settings = [str(models / "eyes"), str(models / "text")], dict(data=[str(few)], control_passes=False)
     _, rows = run(model=both, out=str(tmp_path / "a"), **settings)
     _, routed = run(model=both, out=str(tmp_path / "b"), route=True, **settings)
     assert {row["images"] for row in rows} == {0, 1}
@@ -455,22 +527,35 @@ def test_a_text_only_member_votes_where_there_is_no_image_and_route_leaves_it_al
 
 
 def test_this_model_stands_between_the_published_rows_and_says_which_compare(tmp_path):
-    summary = summarise("vl-rewardbench", rows_of(*VL))  # overall 75
-    table, _ = tables(summary, "vl-rewardbench", "mine")
+    benchmark = BENCHMARKS["vl-rewardbench"]
+    table = result_table(summary_of("vl-rewardbench", predictions_of(*VL)), benchmark, "mine")  # overall 75
     names = [row[0] for row in table]
     at = names.index("mine")
     assert "71.92" in table[at - 1] and "78.53" in table[at + 3] and names[at + 1:at + 3] == ["95% interval", "n"]
     assert table[at + 2][1:] == ["2", "3", "3", "8", "8", "4", "1", "3", "8"]  # the last four: as the paper groups
     facts = dict.fromkeys(("command", "commit", "date", "hardware", "dtype", "seconds"), "x") | {
         "benchmark": "vl-rewardbench", "model": ["m"], "paradigms": []}
-    _, text = leave(tmp_path, facts, rows_of(*VL), [Comparison("?", ["a", "b"])] * 8, Config())
-    said = "(vl-rewardbench): 8 OF 1,250 ROWS (the folder has no more), 8 prompts, 8 pairs, 1 ties"
-    assert text.splitlines()[0] == f"{tmp_path.name} {said}"
-    assert "What stands in one column compares" in NOTES["vl-rewardbench"][0]
-    marks = {mark for line in PUBLISHED["vl-rewardbench"].splitlines()
-             for mark in re.findall(r"\b[a-e]\b(?=[^|]*\])", line)}
-    notes = " ".join(NOTES["vl-rewardbench"][1:])
+    rows = [Comparison("?", ["a", "b"])] * 8
+    _, text = write_results(tmp_path, Folder("bench", "vl-rewardbench", rows, predictions_of(*VL)), facts, worst=100)
+    heading = "(vl-rewardbench): 8 OF 1,250 ROWS (the folder has no more), 8 prompts, 8 pairs, 1 ties"
+    assert text.splitlines()[0] == f"bench {heading}"
+    assert "in one column" in benchmark.notes[0] and all(note in text for note in benchmark.notes)
+    marks = {mark for name, _ in benchmark.published for mark in re.findall(r"\b[a-e]\b(?=[^|]*\])", name)}
+    notes = " ".join(benchmark.notes)
     assert marks == {"a", "b", "c", "d", "e"} and all(f"[{mark}]" in notes for mark in marks)
+
+
+def test_the_table_of_comparisons_has_a_row_for_each_figure_and_fits_a_terminal():
+    """80 columns, with ten thousand pairs and a rather long category. Nothing published stands beside them."""
+    categories = ("colour", "describe the place and colour")
+    summary = summary_of("comparisons", predictions_of(*[(name, "", 1.5) for name in categories]))
+    table = result_table(summary, None, "mine")
+    assert table[:2] == [["mine", "value", "95% interval", "n"], ["accuracy", "100.00", "100.0 to 100.0", "2"]]
+    figure = {"value": 100.0, "low": 100.0, "high": 100.0, "n": 12_345}
+    controls = figure_table("measure", summary["beyond"], dict.fromkeys(summary["beyond"], figure))
+    assert "right where sigmoid(margin) is 0.8 to 0.9" in summary["beyond"]
+    for lines in (markdown_table(table).splitlines(), markdown_table(controls).splitlines()):
+        assert max(map(len, lines)) <= 80
 
 
 def test_missing_rows_are_in_the_first_line_of_the_table_with_their_own_reason(models, folder, tmp_path):
@@ -488,7 +573,8 @@ def test_missing_rows_are_in_the_first_line_of_the_table_with_their_own_reason(m
     assert [row["row"] for row in rows if "error" in row] == [20, 21]
     assert "comparisons.jsonl:21" in rows[20]["error"] and Path(broken).name in rows[20]["error"]
     assert all(("removed" in row) == ("shuffled" in row) == bool(row.get("images")) for row in rows)
-    assert (tmp_path / "out" / "data" / "table.md").read_text().startswith("data (comparisons): 19 OF 21 ROWS (the first: ")
+    text = (tmp_path / "out" / "data" / "table.md").read_text()
+    assert text.startswith("data (comparisons): 19 OF 21 ROWS (the first: ")
     assert "<h1>eyes on data (comparisons): 19 OF 21 ROWS" in (tmp_path / "out" / "data" / "report.html").read_text()
     (data / "comparisons.jsonl").write_text("\n".join([lines[-2], *(line for line in lines if broken in line)]))
     with pytest.raises(ValueError, match=r"comparisons.jsonl:2: .*image.*; the other rows are scored"):
@@ -503,7 +589,7 @@ def test_missing_rows_are_in_the_first_line_of_the_table_with_their_own_reason(m
 
 def test_a_line_break_a_bar_and_an_escape_do_not_break_a_table():
     """Categories and model names are data: `|` ends a cell, a line break the table, and ESC steers the terminal."""
-    table = markdown([["model", "a|b\nc\x1b[31m \ud83d", "x" * 500], ["m|n", "1", "2"]])
+    table = markdown_table([["model", "a|b\nc\x1b[31m \ud83d", "x" * 500], ["m|n", "1", "2"]])
     assert [line.count("|") - line.count("\\|") for line in table.splitlines()] == [4, 4, 4]
     assert table.isascii() and "\x1b" not in table and len(table) < 600
 
@@ -522,7 +608,7 @@ def test_a_terminal_that_knows_ascii_alone_gets_the_tables(models, few, monkeypa
 def test_the_report_needs_no_network_and_runs_nothing_of_what_a_model_wrote(models, tmp_path):
     trap = Comparison("Which <b>tag</b>?", ["<script>document.title='run'</script>", "<img src=x onerror=alert(1)>"],
                       [(0, 1)], category='a&b" onclick="alert(2)')
-    data = write_comparisons(tmp_path / "data", [trap, replace(trap, pairs=[(1, 0)])], bar=False)
+    data = write_comparisons(tmp_path / "data", [trap, replace(trap, pairs=[(1, 0)])], progress=False)
     run("data", model=[str(models / "eyes")], data=[str(data)], out=str(tmp_path / "out"))
     report = (tmp_path / "out" / "data" / "report.html").read_text()
     assert "<script>document" not in report and "<img src=x" not in report and "a&amp;b&#34; onclick" in report
@@ -532,7 +618,7 @@ def test_the_report_needs_no_network_and_runs_nothing_of_what_a_model_wrote(mode
 def test_a_page_shows_the_parts_that_a_section_names_and_half_a_surrogate_pair_does_not_stop_it():
     card = {"category": "c", "pictures": [], "facts": ["first", "second"], "text": "t",
             "answers": [{"name": "", "facts": [], "text": "\ud83d"}]}
-    text = page("<t>", [{"heading": "h&", "text": ["one", "two"], "table": [["a"], ["b"]], "bold": "b"},
+    text = html_page("<t>", [{"heading": "h&", "text": ["one", "two"], "table": [["a"], ["b"]], "bold": "b"},
                         {"cards": [card, card | {"category": "C"}]}])
     assert "&lt;t&gt;" in text and "<h2>h&amp;</h2>" in text and "<p class=\"soft\">two</p>" in text
     assert "<td>a</td>" in text and re.search(r'class="bold">\s*<td>b</td>', text) and "<b>first · second</b>" in text
@@ -590,7 +676,7 @@ columns = getComputedStyle(d.querySelector(".answers")).gridTemplateColumns;
     (dict(model=["EYES"], data=["DATA", "DATA"]), "two folders of one name"),
     (dict(model=["EYES"], worst=-1), "--worst -1"), (dict(model=["EYES"], pack_tokens=-5), "--pack_tokens -5")])
 def test_bad_input_is_one_line_that_says_what_to_do(settings, words, models, backbones, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "DRAWN", 3)
+    monkeypatch.setattr(evaluate, "NUM_DRAWN", 3)
     named = {"EYES": models / "eyes", "TEXT": models / "text", "TINY": backbones(), "DATA": folder}
     settings = {key: [str(named.get(v, v)) for v in value] if isinstance(value, list) else value
                 for key, value in settings.items()}
@@ -600,7 +686,7 @@ def test_bad_input_is_one_line_that_says_what_to_do(settings, words, models, bac
 
 
 def test_rewards_that_are_not_finite_are_refused(models, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "score_over_ranks", lambda model, rows, *_: [Score([math.nan, 0.0])] * len(rows))
+    monkeypatch.setattr(evaluate, "score_rows", lambda model, rows, *_: [Score([math.nan, 0.0])] * len(rows))
     with pytest.raises(ValueError, match=r"comparisons.jsonl:1: .*eyes gives \[nan, 0.0\] as rewards"):
         run(model=[str(models / "eyes")], data=[str(folder)], out=str(tmp_path))
 
@@ -613,22 +699,23 @@ def test_a_video_is_shown_by_four_of_its_frames(tmp_path):
 
 
 def test_what_vanishes_while_models_score_costs_nothing_else(models, few, tmp_path, monkeypatch):
-    """The pictures of a whole folder, and one of another after it was scored: both are said, the rest is there."""
+    """The pictures of a whole folder, and one of another after it was scored: both are reported, the rest is there."""
     for name in ("gone", "thin"):
         shutil.copytree(few, tmp_path / name)
     lines = (tmp_path / "gone" / "comparisons.jsonl").read_text().splitlines()
     pictured = [line for line in lines if "images/" in line]
     (tmp_path / "gone" / "comparisons.jsonl").write_text("\n".join(pictured))
     shutil.rmtree(tmp_path / "gone" / "images")
-    real = evaluate.summarise
+    real = evaluate.summarize
 
-    def then_vanish(benchmark, rows):
-        if len(rows) == 12:
+    def vanish_and_summarize(folder):
+        if folder.name == "thin":
             shutil.rmtree(tmp_path / "thin" / "images")
-        return real(benchmark, rows)
+        return real(folder)
 
-    monkeypatch.setattr(evaluate, "summarise", then_vanish)
-    settings = dict(model=[str(models / "eyes")], data=[str(tmp_path / "gone"), str(tmp_path / "thin")], probe=False)
+    monkeypatch.setattr(evaluate, "summarize", vanish_and_summarize)
+    settings = dict(model=[str(models / "eyes")], data=[str(tmp_path / "gone"), str(tmp_path / "thin")],
+                    control_passes=False)
     with pytest.raises(ValueError, match=f"not one of {len(pictured)} rows could be scored"):
         main(Config(out=str(tmp_path / "out"), on_bad_row="skip", **settings))
     report = (tmp_path / "out" / "thin" / "report.html").read_text()
@@ -640,6 +727,6 @@ def test_the_command_ends_with_one_line_and_a_code(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "--model", str(tmp_path)])
     with pytest.raises(SystemExit) as end:
         train.command_line(main, Config, "evaluate.py")
-    said = capsys.readouterr()
-    assert (end.value.code == 1 and said.err.count("\n") == 1 and said.err.startswith("evaluate.py: ")
-            and "config.json" in said.err)
+    error = capsys.readouterr().err
+    assert end.value.code == 1 and error.count("\n") == 1
+    assert error.startswith("evaluate.py: ") and "config.json" in error

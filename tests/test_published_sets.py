@@ -1,8 +1,8 @@
-"""Each published set and benchmark, from a few invented rows in its published layout to a step of training; and what
-curation does to them.
+"""Each published set and benchmark, from a few invented rows in its published layout to a training step; and the
+conversion's decisions about them.
 
-The rows lie in tests/fixtures/NAME, those of the benchmarks in tests/fixtures/benchmarks; images that a parquet file
-holds as bytes stand there in base64, as JSON has no bytes. In every set at least one row is bad.
+The rows are in tests/fixtures/NAME, those of the benchmarks in tests/fixtures/benchmarks; images that a parquet file
+holds as bytes are in base64 there, since JSON has no bytes. In every set at least one row is bad.
 """
 import base64
 import copy
@@ -16,6 +16,8 @@ import shutil
 import signal
 import sys
 import time
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,7 +43,7 @@ def user(text):
 
 
 # name: ([(prompt, responses, pairs, number of images)], {reason: rows dropped})
-WANTED = {
+EXPECTED = {
     "r1-reward": ([("What colour is the bus?", ["Red.", "Blue.\n\n# Indeed"], [(0, 1)], 1),
                    ("How many?", ["Three.", "Two."], [(0, 1)], 1),
                    ("What does it cost?", ["**H. $9.75**", "Cheap, as in C#"], [(0, 1)], 1)],
@@ -127,13 +129,13 @@ def write_lines(file, rows):
     return file
 
 
-def pair_row(prompt, chosen="Yes, it is a red box on the table.", rejected="No, there is nothing on it.", **more):
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected} | more
+def pair_row(prompt, chosen="Yes, it is a red box on the table.", rejected="No, there is nothing on it.", **keys):
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected} | keys
 
 
-def test_mmpr_is_read_as_its_archives_unpack_and_shows_each_row_once(tmp_path):
-    """annotations.zip unpacks to annotations/annotations/, and images.zip to images/images/. repeat_time is not obeyed:
-    weights of train.py say how often a set is seen."""
+def test_mmpr_is_read_as_its_archives_unpack_and_each_row_once(tmp_path):
+    """annotations.zip unpacks to annotations/annotations/, and images.zip to images/images/. repeat_time is not read:
+    how often a set is read is a weight of train.py."""
     write_lines(tmp_path / "annotations" / "annotations" / "a.jsonl",
                 [{"image": "1.png", "question": "Box?", "chosen": "Yes.", "rejected": "No."}])
     (tmp_path / "images" / "images" / "geo").mkdir(parents=True)
@@ -150,7 +152,7 @@ def test_mmpr_is_read_as_its_archives_unpack_and_shows_each_row_once(tmp_path):
         convert("mmpr", tmp_path, tmp_path.with_name("mmpr-none"))
 
 
-def test_mm_rlhfs_archives_may_carry_a_folder_of_their_own(tmp_path):
+def test_mm_rlhfs_archives_may_unpack_into_a_folder_of_the_same_name(tmp_path):
     """short.zip unpacked to short/short/: the rows say short/cat.png."""
     (tmp_path / "in" / "short" / "short").mkdir(parents=True)
     noisy(1).save(tmp_path / "in" / "short" / "short" / "cat.png")
@@ -160,19 +162,19 @@ def test_mm_rlhfs_archives_may_carry_a_folder_of_their_own(tmp_path):
 
 
 def test_only_the_judges_own_output_format_is_cut_from_response_2():
-    """The last one of R1-Reward's message. One inside a response stands in its text, whichever response it is."""
+    """The last one of R1-Reward's message. One inside a response is part of its text, whichever response it is."""
     answers = ("Output Format: a list.\n- a", "As asked:\n\n**Output Format**\n- b\n\nDone.")
     text = ("#### [Question]:\nWhich?\n\n#### [Response 1]:\n{}\n\n#### [Response 2]:\n{}\n\n"
             "#### **Output Format (strictly follow):**\n<think>analysis</think><answer>1/2</answer>")
     for first, second in (answers, answers[::-1]):
-        asked = [{"role": "user", "content": [{"type": "text", "text": text.format(first, second)}]}]
-        row = {"message": json.dumps(asked), "answer": ["<answer>2</answer>"], "image": "x.png"}
-        made = data.r1_reward(row)
-        assert (made["chosen"], made["rejected"]) == (second, first)
+        message = [{"role": "user", "content": [{"type": "text", "text": text.format(first, second)}]}]
+        row = {"message": json.dumps(message), "answer": ["<answer>2</answer>"], "image": "x.png"}
+        pair = data.r1_reward(row)
+        assert (pair["chosen"], pair["rejected"]) == (second, first)
 
 
 def test_scores_are_compared_where_both_are_known():
-    """MM-RLHF's entries may be null: here one aspect knows both responses, and it agrees with the ranking."""
+    """MM-RLHF's entries may be null: here one aspect has scores of both responses, and agrees with the ranking."""
     row = {"question": "Q", "models_output": ["a", "b"], "final_ranking": [1, 2], "image": "x.png",
            "faithfulness": [None, 3], "helpfulness": [3, 1]}
     assert data.mm_rlhf(row)["responses"] == ["a", "b"]
@@ -197,48 +199,48 @@ def converted(tmp_path_factory):
 @pytest.mark.parametrize("name", SETS)
 def test_a_published_set_becomes_exactly_these_comparisons(converted, name):
     folder, report = converted[name]
-    wanted, dropped = WANTED[name]
-    found = comparisons(folder, needs_responses=name not in RL)
-    assert [(c.prompt, c.responses, c.pairs, len(c.images)) for c in found] == wanted
+    expected, dropped = EXPECTED[name]
+    rows = comparisons(folder, needs_responses=name not in RL)
+    assert [(c.prompt, c.responses, c.pairs, len(c.images)) for c in rows] == expected
     assert report["dropped"] == dropped
     assert report["rows_in"] == report["comparisons"] + sum(dropped.values()), "a row is in the folder or the report"
-    assert all(c.source == name and c.id for c in found)
+    assert all(c.source == name and c.id for c in rows)
     assert json.loads((folder / "report.json").read_text()) == report
 
 
 @pytest.mark.parametrize("name", SETS)
 def test_a_training_step_runs_on_every_set(converted, tiny, name):
     """RL prompts get two responses, as a policy would write them."""
-    found = comparisons(converted[name][0], needs_responses=name not in RL)
+    rows = comparisons(converted[name][0], needs_responses=name not in RL)
     if name in RL:
-        assert all(c.answer for c in found)
-        found = [model.Comparison(c.prompt, [c.answer, "nothing"], [(0, 1)], c.images) for c in found]
-    pack = model.pack(found, tiny.processor)
-    model.pairwise_loss(tiny(pack)[0], pack.pairs).backward()
+        assert all(c.answer for c in rows)
+        rows = [model.Comparison(c.prompt, [c.answer, "nothing"], [(0, 1)], c.images) for c in rows]
+    pack = model.pack(rows, tiny.processor)
+    model.pairwise_loss(tiny(pack).rewards, pack.pairs).backward()
     assert tiny.head[0].weight.grad.abs().sum() > 0
     tiny.zero_grad()
 
 
 @pytest.mark.parametrize("name", SETS)
 def test_a_missing_field_is_named_beside_the_fields_that_are_there(name):
-    """Where a card is wrong or a release has changed, the message must be enough to mend the function."""
+    """Where a card is wrong or a release has changed, the message must be enough to correct the reader."""
     file = next(p for p in sorted((FIXTURES / name).rglob("*.json*"))
                 if p.name not in ("meta.json", "dpo_pairs.jsonl") and "sft" not in p.parts)
-    row = data.from_json(next(data.json_rows(file))[1])
-    data.SETS[name].read(row)
+    row = data.parse_json(next(data.json_rows(file))[1])
+    data.SETS[name].read_row(row)
     for fields in REQUIRED[name].split():
         broken = copy.deepcopy(row)
         for field in fields.split(","):
-            *path, last = field.split(".")
+            *parents, key = field.split(".")
             inner = broken
-            for step in path:
-                inner = inner[step]
-            del inner[last]
-        there = sorted(inner)[0] if inner else ""
-        with pytest.raises(ValueError) as caught:
-            data.parse_row(data.SETS[name].read(broken), Path("."))
-        said = str(caught.value)
-        assert there in said and all(field.split(".")[-1] in said for field in fields.split(",")), said
+            for parent in parents:
+                inner = inner[parent]
+            del inner[key]
+        present = sorted(inner)[0] if inner else ""
+        with pytest.raises(ValueError) as error:
+            data.parse_row(data.SETS[name].read_row(broken), Path("."))
+        message = str(error.value)
+        assert present in message and all(field.split(".")[-1] in message for field in fields.split(",")), message
 
 
 def test_the_pair_file_of_mm_rlhf_gives_pairs_and_critiques(tmp_path):
@@ -284,11 +286,11 @@ def test_parquet_gives_what_json_gives(converted, tmp_path, name):
     table.to_parquet(str(tmp_path / "set" / "pairwise" / "train-00000-of-00001.parquet"))
     convert(name, tmp_path / "set", tmp_path / "out")
     key = lambda c: (c.prompt, c.responses, c.pairs, [Path(p).name for p in c.images], c.answer)  # noqa: E731
-    rl = name not in RL
-    wanted = [key(c) for c in comparisons(converted[name][0], rl)]
+    needs_responses = name not in RL
+    expected = [key(c) for c in comparisons(converted[name][0], needs_responses)]
     if name == "vlfeedback":
-        wanted = wanted[:1]
-    assert [key(c) for c in comparisons(tmp_path / "out", rl)] == wanted
+        expected = expected[:1]
+    assert [key(c) for c in comparisons(tmp_path / "out", needs_responses)] == expected
 
 
 def test_without_the_package_datasets_parquet_says_how_to_get_it(tmp_path, monkeypatch):
@@ -310,8 +312,8 @@ def test_a_json_list_is_read_also_with_a_byte_order_mark_and_a_broken_download_s
 
 
 def test_a_row_that_repeats_an_earlier_one_is_dropped_whether_it_agrees_or_not(tmp_path):
-    """The first row of its kind stays. White space and capitals of the prompt, and the order of the responses, make no
-    difference."""
+    """The first row stays. White space and capitals of the prompt, and the order of the responses, make no difference.
+    """
     yes, no = pair_row("")["chosen"], pair_row("")["rejected"]
     rows = [pair_row("Is it red?"), pair_row("is it  RED?"), pair_row("Is it blue?"),
             pair_row("Is it blue?", chosen=no, rejected=yes), pair_row("Is it blue?"), pair_row("Is it green?")]
@@ -322,7 +324,7 @@ def test_a_row_that_repeats_an_earlier_one_is_dropped_whether_it_agrees_or_not(t
 
 
 def test_bad_images_are_dropped_under_their_reasons(tmp_path):
-    """Nothing outside the source folder is read, and no image is stored that does not decode."""
+    """Nothing outside of the source folder is read, and no image is stored that cannot be decoded."""
     Image.new("RGB", (20, 20)).save(tmp_path / "good.png")
     Image.new("RGB", (2010, 10)).save(tmp_path / "thin.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "good.png").read_bytes()[:50])
@@ -352,9 +354,9 @@ def test_an_image_is_stored_once_whatever_form_it_comes_in(tmp_path):
              {"bytes": None, "path": "1.png"}]
     lines = [pair_row(f"What {i}?", images=[form]) for i, form in enumerate(forms)]
     convert("pairs", write_lines(tmp_path / "a.jsonl", lines), tmp_path / "out")
-    found = comparisons(tmp_path / "out")
-    assert len(found) == 5 and len({c.images[0] for c in found}) == 1
-    assert Path(found[0].images[0]).read_bytes() == png.read_bytes()
+    rows = comparisons(tmp_path / "out")
+    assert len(rows) == 5 and len({c.images[0] for c in rows}) == 1
+    assert Path(rows[0].images[0]).read_bytes() == png.read_bytes()
 
 
 def test_over_long_comparisons_are_dropped_by_a_limit_that_estimates_tokens(tmp_path):
@@ -364,20 +366,20 @@ def test_over_long_comparisons_are_dropped_by_a_limit_that_estimates_tokens(tmp_
     assert report["dropped"] == {"over-long": 1} and report["response_tokens"]["most"] == 3
 
 
-def test_half_a_character_in_a_key_that_nobody_reads_does_not_stop_a_conversion(tmp_path):
+def test_half_a_character_in_a_key_that_is_not_read_does_not_stop_a_conversion(tmp_path):
     rows = [pair_row([{"role": "user", "content": "Hi", "name": "half \ud83d of a pair"}])]
     assert convert("pairs", write_lines(tmp_path / "a.jsonl", rows), tmp_path / "out")["comparisons"] == 1
     assert comparisons(tmp_path / "out")[0].prompt == rows[0]["prompt"]
 
 
 def noisy(seed, size=(160, 120)):
-    """A picture with something in it: 8 x 6 squares of grey, enlarged."""
+    """A picture that is not flat: 8 x 6 squares of grey, enlarged."""
     rng = random.Random(seed)
     squares = Image.frombytes("L", (8, 6), bytes(rng.randrange(256) for _ in range(48)))
     return squares.resize(size, Image.Resampling.BICUBIC).convert("RGB")
 
 
-def test_rows_that_a_benchmark_knows_are_removed_and_listed(tmp_path):
+def test_rows_that_overlap_with_a_benchmark_are_removed_and_listed(tmp_path):
     """The same picture counts after a smaller size and another encoding, but only with the same prompt; the same two
     responses count in either order, but only with the same prompt if they are as short as "Yes" and "No"."""
     bench = tmp_path / "bench"
@@ -455,13 +457,13 @@ def test_a_killed_conversion_leaves_nothing_that_looks_finished_and_the_next_one
     file = write_lines(tmp_path / "a.jsonl", [pair_row(f"What {i}?") for i in range(3000)])
     child = multiprocessing.get_context("fork").Process(target=convert, args=("pairs", file, tmp_path / "out"))
     child.start()
-    draft = tmp_path / ".out.partial" / "comparisons.jsonl"
+    partial = tmp_path / ".out.partial" / "comparisons.jsonl"
     deadline = time.time() + 30
-    while not (draft.is_file() and draft.stat().st_size) and time.time() < deadline:
+    while not (partial.is_file() and partial.stat().st_size) and time.time() < deadline:
         time.sleep(0.002)
     os.kill(child.pid, signal.SIGKILL)
     child.join()
-    assert draft.is_file() and not (tmp_path / "out").exists()
+    assert partial.is_file() and not (tmp_path / "out").exists()
     assert convert("pairs", file, tmp_path / "out")["comparisons"] == 3000
     assert sorted(os.listdir(tmp_path / "out")) == ["comparisons.jsonl", "images", "report.json"]
     assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "out"]
@@ -477,9 +479,9 @@ def test_a_killed_conversion_leaves_nothing_that_looks_finished_and_the_next_one
     ("r1-reward", '{"message": "[]", "answer": ["1"], "image": "x"}\n', "unexpected layout: IndexError")])
 def test_an_unexpected_layout_is_one_line(tmp_path, name, content, message):
     (tmp_path / "a.jsonl").write_text(content)
-    with pytest.raises(data.BadRow) as caught:
+    with pytest.raises(data.BadRow) as error:
         convert(name, tmp_path / "a.jsonl", tmp_path / "out")
-    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
     assert os.listdir(tmp_path) == ["a.jsonl"]
 
 
@@ -542,22 +544,21 @@ def benchmark(name, files, out, **flags):
       "donotanswer": 1, "alpacaeval-easy": 1, "anthropic_helpful": 1, "anthropic_hhh": 1, "shp": 1, "summarize": 1}),
     ("rm-bench", ["total_dataset.json"], "5 rows of 1,327", {"chat": 1, "math": 1, "code": 1, "safety": 2})])
 def test_a_benchmark_is_a_data_set_whose_rows_all_stay(name, files, rows, categories, tmp_path):
-    """Rows that repeat one another, too: some fixtures ask one question of every category. The report compares their
+    """Rows that repeat one another, too: some fixtures have one question for every category. The report compares their
     number with the published one, RewardBench's without the prior sets."""
     report = benchmark(name, files, tmp_path / "out", max_tokens=1)
     found = comparisons(tmp_path / "out")
-    counted = {category: sum(c.category == category for c in found) for category in {c.category for c in found}}
-    assert counted == categories and all(c.source == name and c.id for c in found)
+    assert Counter(c.category for c in found) == categories and all(c.source == name and c.id for c in found)
     assert report["benchmark"].startswith(f"{rows} published") and report["dropped"] == {}
 
 
 def test_a_benchmark_that_is_whole_says_so(tmp_path, monkeypatch):
-    monkeypatch.setitem(data.BENCHMARKS, "rm-bench", 5)
+    monkeypatch.setitem(data.BENCHMARKS, "rm-bench", replace(data.BENCHMARKS["rm-bench"], num_rows=5))
     assert benchmark("rm-bench", ["total_dataset.json"], tmp_path / "out")["benchmark"] == "5 rows of 5 published"
 
 
 def test_a_checkout_of_multimodal_rewardbench_is_read_from_its_root(tmp_path):
-    """Its script writes data/all_data.json, which says images/cup.png of data/images/cup.png."""
+    """Its script writes data/all_data.json, in which data/images/cup.png is images/cup.png."""
     shutil.copytree(BENCHMARKS / "images", tmp_path / "checkout" / "data" / "images")
     shutil.copy(BENCHMARKS / "all_data.json", tmp_path / "checkout" / "data")
     reports = [convert("multimodal-rewardbench", tmp_path / source, tmp_path / out)
@@ -585,10 +586,11 @@ def test_rm_benchs_six_responses_meet_in_nine_pairs(tmp_path):
     assert first.pairs == list(itertools.product((0, 1, 2), (3, 4, 5)))
 
 
-def test_marks_in_a_benchmarks_question_that_stand_for_no_image_are_only_text(tmp_path):
+def test_placeholders_in_a_benchmarks_question_that_stand_for_no_image_are_removed(tmp_path):
     benchmark("multimodal-rewardbench", ["all_data.json"], tmp_path / "out")
-    assert comparisons(tmp_path / "out")[2].prompt == "Question: 3+1? See <image> and <image 2>."  # one mark, one image
-    assert data.judged("", "See <image> and <image>.", [], [], ["x.png"])["prompt"] == "See  and ."
+    prompt = comparisons(tmp_path / "out")[2].prompt
+    assert prompt == "Question: 3+1? See <image> and <image 2>."  # one placeholder, one image
+    assert data.benchmark_row("", "See <image> and <image>.", [], [], ["x.png"])["prompt"] == "See  and ."
 
 
 def test_empty_and_identical_responses_of_a_benchmark_stay_as_ties(tmp_path):
@@ -597,7 +599,7 @@ def test_empty_and_identical_responses_of_a_benchmark_stay_as_ties(tmp_path):
     assert [c.responses for c in comparisons(tmp_path / "out")] == [["", "a"], ["", " "]] * 2
 
 
-def test_the_split_of_a_prior_set_counts_not_its_column_and_its_longer_namesake_is_another_set(tmp_path):
+def test_a_prior_set_is_told_by_its_split_not_by_its_column_and_summarize_prompted_is_not_read(tmp_path):
     """A local copy of allenai/pref-test-sets: the official loader takes the split's name."""
     row = {"prompt": user("?"), "chosen": "a", "rejected": "b", "subset": "of its own"}
     for name in ("summarize-00000-of-00001", "summarize_prompted-00000-of-00001", "shp-00000-of-00001"):
@@ -607,11 +609,14 @@ def test_the_split_of_a_prior_set_counts_not_its_column_and_its_longer_namesake_
     assert report["benchmark"].startswith("0 rows of 2,985")
 
 
-@pytest.mark.parametrize("name, content, words", [
+@pytest.mark.parametrize("name, content, message", [
     ("vl-rewardbench", {"id": 1, "query": "?", "response": ["a", "b"], "human_ranking": [0, 1], "image": "gone.png"},
      "missing image: gone.png is not in"),
     ("vl-rewardbench", {"id": 1, "query": "?", "response": ["a"], "human_ranking": [0], "image": ""},
-     "1 is not in list"),
+     "impossible ranking: 1 responses with the ranks [0]; want two responses with the ranks 0 and 1"),
+    *[("vl-rewardbench", {"id": 1, "query": "?", "response": responses, "human_ranking": ranks, "image": "x.png"},
+       f"impossible ranking: {len(responses)} responses with the ranks {ranks}")
+      for responses, ranks in ((["a", "b", "c"], [0, 1]), (["a", "b"], [0, 0]), (["a", "b"], [1, 2]))],
     ("mm-rlhf-rewardbench", {"prompt": "?", "chosen": "a", "rejected": "b", "image": "images/cup.png"},
      "'images/cup.png' names none of mcq"),
     ("multimodal-rewardbench", {"ID": "1", "Text": "?", "Image": "x", "Better": "A", "Category": "vqa"}, "KeyError"),
@@ -619,7 +624,7 @@ def test_the_split_of_a_prior_set_counts_not_its_column_and_its_longer_namesake_
     ("rewardbench", {"prompt": "?", "chosen": None, "rejected": "b", "subset": "shp"}, "no field chosen"),
     ("rm-bench", {"id": 1, "prompt": "?", "chosen": ["a"] * 3, "rejected": ["b"] * 3}, "domain 'rows'; want one of"),
     ("rm-bench", 3, "found int, want a JSON object"), ("rm-bench", "{", "malformed JSON")])
-def test_a_benchmarks_row_that_is_of_no_use_stops_the_conversion_or_is_skipped(name, content, words, tmp_path):
+def test_a_benchmarks_row_that_cannot_be_used_stops_the_conversion_or_is_skipped(name, content, message, tmp_path):
     """A figure over fewer rows would not be the benchmark's."""
     good = {"vl-rewardbench": "vl_rewardbench.json", "mm-rlhf-rewardbench": "mm_reward_bench.jsonl", "rm-bench":
             "total_dataset.json", "multimodal-rewardbench": "all_data.json", "rewardbench": "filtered.json"}[name]
@@ -627,7 +632,7 @@ def test_a_benchmarks_row_that_is_of_no_use_stops_the_conversion_or_is_skipped(n
     file.write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(data.BadRow) as error:
         convert(name, [BENCHMARKS / good, file], tmp_path / "out")
-    assert "rows.jsonl:1: " in str(error.value) and words in str(error.value)
+    assert "rows.jsonl:1: " in str(error.value) and message in str(error.value)
     report = convert(name, [BENCHMARKS / good, file], tmp_path / "out", on_bad_row="skip")
     assert sum(report["dropped"].values()) == 1 and report["rows_in"] == report["comparisons"] + 1
 
@@ -643,7 +648,7 @@ def test_a_benchmarks_folder_decontaminates_as_it_is(tmp_path):
 
 
 def test_on_the_hub_those_splits_are_read_that_the_set_names(tmp_path, monkeypatch):
-    """RewardBench is one split of one set and four of another, whose rows say no subset; a set with neither is another
+    """RewardBench is one split of one set and four of another, whose rows have no subset; a set with neither is another
     set. A benchmark's images are bytes in its rows."""
     datasets = pytest.importorskip("datasets")
     prior, row = [*data.PRIOR_SETS], {"prompt": "?", "chosen": "a", "rejected": "b"}
@@ -659,8 +664,8 @@ def test_on_the_hub_those_splits_are_read_that_the_set_names(tmp_path, monkeypat
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     convert("rewardbench", ["allenai/bench", "allenai/prior"], tmp_path / "out")
-    found = comparisons(tmp_path / "out")
-    assert [c.category for c in found] == ["hep-go", *prior] and found[3].id == "shp:1"
+    rows = comparisons(tmp_path / "out")
+    assert [c.category for c in rows] == ["hep-go", *prior] and rows[3].id == "shp:1"
     convert("vl-rewardbench", "MMInstruction/VL", tmp_path / "vl")
     (c,) = comparisons(tmp_path / "vl")
     assert c.pairs == [(1, 0)] and model.open_image(c.images[0]).size == (56, 56)

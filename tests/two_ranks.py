@@ -1,7 +1,8 @@
-"""What the tests run on two ranks: steps, forwards and whole runs. Argument: a folder with one of each script,
-SCRIPT/settings.json, which takes the results. In-process, `gradient` is the same with one rank.
+"""What the tests run on two ranks: steps, forwards and whole runs. Argument: a folder with SCRIPT/settings.json for
+each script, where the results are written. In the tests' own process `gradient` computes the same with one rank.
 
-The ranks are forks, told what torchrun tells its workers, and torch is loaded once; torchrun is in two_nodes.py."""
+The ranks are forks with the environment that torchrun sets, so that torch is loaded once; two_nodes.py runs torchrun.
+"""
 import json
 import multiprocessing.connection
 import os
@@ -14,56 +15,56 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from conftest import draw_nothing, real_curves  # which puts the scripts on the path
+from conftest import ROOT  # noqa: F401  (puts the scripts on the path)
 import evaluate
 import rl_demo
 import train
 import two_ranks_rl
 from data import Order, read_comparisons
-from model import Comparison, RewardModel, hidden_states, pack, recompute_activations
-from train import Config, distribute, gather, load_step, take_step
+from model import Comparison, RewardModel, enable_gradient_checkpointing, hidden_states, pack
+from train import Config, StopSignal, agree_on_step, all_gather, load_batch, make_dummy_pack, train_step, wrap_model
 from transformers import HfArgumentParser
 
 
 class KeepGradient:
-    """In the place of an optimiser: its step keeps the gradient."""
+    """An optimizer whose step keeps the gradient."""
 
     def __init__(self, model):
-        self.model, self.param_groups = model, [{"params": [p for p in model.parameters() if p.requires_grad]}]
+        self.model = model
+        self.param_groups = [{"params": [p for p in model.parameters() if p.requires_grad], "lr": 1.0}]
 
     def step(self):
         with torch.no_grad():
             for p in self.param_groups[0]["params"]:
                 p.copy_(p.grad)  # the gathered weights of a model whose weights are its gradients
-        self.gradient = train.gathered({name: p for name, p in self.model.named_parameters() if p.requires_grad})
+        self.gradient = train.full_state_dict({name: p for name, p in self.model.named_parameters() if p.requires_grad})
 
     def zero_grad(self, set_to_none):
         pass
 
 
 def gradient(backbone, folder, pack_tokens=240, shard="none", lora=0, paradigm="naive", batch_size=64):
-    """The gradient of the first step of what is trained, by name, the sums of `take_step`, and (pairs, packs, images,
-    texts) of each rank. In fp64, where rounding hides no mistake: in fp32 the sums of one step, taken in another order,
-    differ by 2e-6."""
+    """Of the first step: the gradient of what is trained, by name; the metrics of `train_step`; and (pairs, packs,
+    images, texts) of each rank. In fp64, where rounding hides no mistake: in fp32 the sums of one step, taken in
+    another order, differ by 2e-6."""
     cfg = Config(lr=1.0, batch_size=batch_size, pack_tokens=pack_tokens, max_pixels=112 * 112, clip=1e9)
     torch.manual_seed(0)
-    raw = RewardModel.from_backbone(backbone, paradigm=paradigm).train()
+    raw_model = RewardModel.from_backbone(backbone, paradigm=paradigm).train()
     if lora:
-        train.add_lora(raw, lora, vision=True)
-        for name, p in raw.named_parameters():
+        train.add_lora(raw_model, lora)
+        for name, p in raw_model.named_parameters():
             p.data = p.data.normal_(std=1e-2) if name.endswith("lora_b") else p.data
-    raw.double()
+    raw_model.double()
     rows = read_comparisons(folder)
-    share = load_step(0, Order([rows.pairs], [1.0], batch_size, 0), [rows], raw.processor, cfg)
+    batch = load_batch(0, Order([rows.pair_counts], [1.0], batch_size, 0), [rows], raw_model, cfg)
     if shard != "none":
-        recompute_activations(raw.backbone)  # the two together, as for the 7B
-    model = distribute(raw, torch.device("cpu"), shard, None)
-    counts = gather([share.pairs, len(share.packs), sum(len(p.image_grid_thw) for p in share.packs), share.texts])
-    filler = pack([Comparison("?", ["a", "b"], [(0, 1)])], raw.processor)
-    keep = KeepGradient(raw)
-    sums, _ = take_step(model, keep, share.packs, filler, int(counts[:, 1].max()), int(counts[:, 0].sum()),
-                        int(counts[:, 3].sum()), cfg)
-    return keep.gradient, gather(sums).sum(dim=0), counts
+        enable_gradient_checkpointing(raw_model.backbone)  # the two together, as for the 7B
+    model = wrap_model(raw_model, torch.device("cpu"), shard)
+    num_images = sum(len(pack.image_grid_thw) for pack in batch.packs)
+    counts = all_gather([batch.pairs, len(batch.packs), num_images, batch.lm_texts])
+    plan, optimizer = agree_on_step(batch, StopSignal()), KeepGradient(raw_model)
+    metrics = train_step(model, optimizer, batch, plan, make_dummy_pack(raw_model), cfg)
+    return optimizer.gradient, {name: value for name, value in metrics.items() if value is not None}, counts
 
 
 def rewards_in_bf16(backbone, shard: str, lora=0):
@@ -72,7 +73,7 @@ def rewards_in_bf16(backbone, shard: str, lora=0):
     torch.manual_seed(0)
     model = RewardModel.from_backbone(backbone, dtype=torch.bfloat16 if lora else torch.float32).train()
     if lora:
-        train.add_lora(model, lora, vision=False)
+        train.add_lora(model, lora)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if name.endswith("lora_b"):
@@ -80,9 +81,9 @@ def rewards_in_bf16(backbone, shard: str, lora=0):
             if "norm" in name or "embed" in name or "bias" in name:
                 p.mul_(1 + 1e-3)
     packed = pack([Comparison("What?", ["red", "blue", "green and white"])], model.processor)
-    model.forward = lambda batch: model.head(hidden_states(model.backbone, batch)[batch.last_token])
+    model.forward = lambda pack: model.read_rewards(hidden_states(model.backbone, model.processor, pack), pack)
     if shard != "none":
-        model = distribute(model, torch.device("cpu"), "all", torch.bfloat16)
+        model = wrap_model(model, torch.device("cpu"), "all", torch.bfloat16)
     trained = [p for p in model.parameters() if p.requires_grad]
     with torch.autocast("cpu", torch.bfloat16):
         rewards = model(packed)
@@ -93,22 +94,22 @@ def rewards_in_bf16(backbone, shard: str, lora=0):
 
 def stop_after(steps: int):
     """A learning_rate that sends SIGTERM in the step after so many, on this rank."""
-    def rate(step, *rest):
+    def rate(step, *arguments):
         if step == steps:
             signal.raise_signal(signal.SIGTERM)
-        return original(step, *rest)
+        return original(step, *arguments)
 
     original = train.learning_rate
     return rate
 
 
-def gradient_in_paradigm(writer, folder, paradigm, shard="none"):
-    """Of a few pairs: where a judge reads each pair twice, they are packs enough for every rank to have several."""
-    return gradient(writer, folder, 400, shard, paradigm=paradigm, batch_size=16)
+def gradient_in_paradigm(checkpoint, folder, paradigm, shard="none"):
+    """Of a few pairs: a judge reads each of them as a prompt, which makes several packs for every rank."""
+    return gradient(checkpoint, folder, 400, shard, paradigm=paradigm, batch_size=16)
 
 
 def read_flags(script, words):
-    """The words of a command line, which is noted in what a run leaves."""
+    """The Config of a command line, which also is sys.argv, as a run records it."""
     sys.argv = [f"{script.__name__}.py", *words]
     (cfg,) = HfArgumentParser(script.Config).parse_args_into_dataclasses()
     return cfg.resolved() if hasattr(cfg, "resolved") else cfg
@@ -123,38 +124,45 @@ def of_rl_demo(here, words):
 
 
 def full_disk(here, rank):
-    """What is said and left where the second rank cannot write its part of the second checkpoint; and whether a folder
-    is shared, and one that only looks so."""
-    folders = [here / "shared", here / f"own-{rank}"]
-    folders[1].mkdir()
-    (folders[1] / train.LOCK).write_text("of a run that was killed")
-    shared = [train.claim_folder(folder, False, False) for folder in folders]
+    """The error, and what is left, where the second rank cannot write its part of the second checkpoint."""
+    train.prepare_run_folder(here / "full", False, False)
     p = torch.nn.Parameter(torch.ones(2))
     optimizer = torch.optim.AdamW([(f"of rank {rank}", p)], fused=True)
-    train.save_checkpoint(folders[0], optimizer, {"step": 1}, in_parts=True)
+    train.save_checkpoint(here / "full", optimizer, {"step": 1})
     real = train.HuggingFaceStorageWriter.write_data
     if rank == 1:
         train.HuggingFaceStorageWriter.write_data = lambda *_: (_ for _ in ()).throw(OSError("No space left on device"))
     try:
-        train.save_checkpoint(folders[0], optimizer, {"step": 2}, in_parts=True)
+        train.save_checkpoint(here / "full", optimizer, {"step": 2})
     except OSError as error:
-        said = str(error)
+        message = str(error)
     train.HuggingFaceStorageWriter.write_data = real
     dist.barrier()
-    return (said, [file.name for file in folders[0].glob("*checkpoint*")]), shared
+    return message, [file.name for file in (here / "full").glob("*checkpoint*")]
 
 
-def of_train(here, told):
-    rank, drawn = dist.get_rank(), told["drawn"]
-    results = {"steps": [gradient(told["backbone"], drawn, shard=shard) for shard in ("none", "all")],
-               "lora": [gradient(told["backbone"], drawn, shard=shard, lora=4) for shard in ("none", "node")],
-               "paradigms": {name: [gradient_in_paradigm(writer, drawn, name, shard) for shard in ("none", "all")]
-                             for name, writer in told["writers"].items()},
-               "bf16": [rewards_in_bf16(told["backbone"], shard) for shard in ("none", "all")],
-               "bf16 lora": [rewards_in_bf16(told["backbone"], shard, lora=4) for shard in ("none", "all")]}
-    results["full disk"] = full_disk(here, rank)
-    cfg = Config(**told["config"])
-    # Told to stop on the second rank alone, and resumed
+def disk_of_each_rank(here, rank):
+    """The error, and what is left, where each rank has a run folder of its own: they might lie on two machines."""
+    folder = here / f"own-{rank}"
+    folder.mkdir()
+    (folder / train.LOCK).touch()  # of a run that was killed
+    try:
+        train.prepare_run_folder(folder, False, False)
+    except ValueError as error:
+        return str(error), [file.name for file in folder.iterdir()]
+
+
+def of_train(here, settings):
+    rank, drawn, backbone = dist.get_rank(), settings["drawn"], settings["backbone"]
+    results = {"steps": [gradient(backbone, drawn, shard=shard) for shard in ("none", "all")],
+               "lora": [gradient(backbone, drawn, shard=shard, lora=4) for shard in ("none", "node")],
+               "paradigms": {name: [gradient_in_paradigm(checkpoint, drawn, name, shard) for shard in ("none", "all")]
+                             for name, checkpoint in settings["checkpoints"].items()},
+               "bf16": [rewards_in_bf16(backbone, shard) for shard in ("none", "all")],
+               "bf16 lora": [rewards_in_bf16(backbone, shard, lora=4) for shard in ("none", "all")],
+               "full disk": full_disk(here, rank), "disk of each rank": disk_of_each_rank(here, rank)}
+    cfg = Config(**settings["config"])
+    # A stop signal to the second rank alone, then resumed
     two = replace(cfg, out=str(here / "two"))
     if rank == 1:
         original, train.learning_rate = train.learning_rate, stop_after(2)
@@ -162,37 +170,36 @@ def of_train(here, told):
     if rank == 1:
         train.learning_rate = original
     status.append(train.main(replace(two, resume=True)))
-    # The same sharded; each rank has a disk of its own
-    sharded = replace(cfg, out=str(here / f"sharded-{rank}"), shard="all", eval_every=3)
+    # The same sharded; and with a checkpoint after every step, left unfinished
+    sharded = replace(cfg, out=str(here / "sharded"), shard="all", eval_every=3)
     if rank == 1:
         train.learning_rate = stop_after(2)
     status.append(train.main(sharded))
-    # The same on a disk that both see, left unfinished: each rank writes its part
     status.append(train.main(replace(sharded, out=str(here / "parts"), save_every=1)))
     if rank == 1:
         train.learning_rate = original
     status.append(train.main(replace(sharded, resume=True)))
-    held = read_comparisons(drawn)
     model = RewardModel.from_pretrained(here / "two")
-    results |= {"status": status, "rewards": [score.rewards for score in train.score_over_ranks(model, held, 128)]}
+    scores = train.score_rows(model, read_comparisons(drawn), 128)
+    results |= {"status": status, "rewards": [score.rewards for score in scores]}
     if rank == 0:
         torch.save(results, here / "results.pt")
 
 
 def on_rank(rank, port, root):
-    told = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    os.environ |= {name: str(value) for name, value in told.items()}
+    variables = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2, MASTER_ADDR="127.0.0.1",
+                     MASTER_PORT=port)
+    os.environ |= {name: str(value) for name, value in variables.items()}
     train.start_processes()
     for name, run in {"evaluate": of_evaluate, "rl_demo": of_rl_demo, "train": of_train}.items():
         if (settings := root / name / "settings.json").exists():
-            with real_curves(draw_nothing):
-                run(root / name, json.loads(settings.read_text()))
+            run(root / name, json.loads(settings.read_text()))
     dist.barrier()
     if rank == 1:
-        os._exit(0)  # as if it were killed: no word to the other
+        os._exit(0)  # as if it were killed, without a message to the other
     sys.argv[1:] = []
     try:
-        train.command_line(lambda _: train.gather([0.0]), Config, "train.py")
+        train.command_line(lambda _: all_gather([0.0]), Config, "train.py")
     except SystemExit as end:
         os._exit(0 if end.code == 1 else 1)
 

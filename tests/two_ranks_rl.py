@@ -1,5 +1,5 @@
-"""A run of rl_demo.py that is told to stop after two steps and resumed: by one process in test_rl_demo.py, by two in
-two_ranks.py."""
+"""A run of rl_demo.py that a signal stops after two steps, and that is then resumed: by one process in test_rl_demo.py,
+by two in two_ranks.py."""
 import contextlib
 from dataclasses import replace
 
@@ -8,23 +8,19 @@ import rl_demo
 from train import stop_signals
 
 
-class AfterTwoSteps:
-    """A signal that comes during the second step."""
-    asked = 0
+class SignalInSecondStep:
+    """In the place of train.StopSignal: a SIGTERM that arrives during the second step."""
+    times_read = 0
 
     @property
     def number(self):
-        self.asked += 1
-        return 15 * (self.asked > 1)
-
-    @number.setter
-    def number(self, value):
-        pass
+        self.times_read += 1
+        return 15 if self.times_read > 1 else 0
 
 
 @contextlib.contextmanager
 def stop_after_two_steps():
-    yield AfterTwoSteps()
+    yield SignalInSecondStep()
 
 
 def stop_and_resume(cfg):

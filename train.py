@@ -1429,19 +1429,26 @@ def transformer_layers(model: RewardModel) -> list[torch.nn.Module]:
 
 def shard_layer(layer: torch.nn.Module, mesh, exact, products) -> None:
     """Shards a layer: its linear layers by the policy `products`, all else by `exact`."""
-    linear_layers = [module for module in layer.modules() if isinstance(module, torch.nn.Linear)]
-    for module in list(layer.modules()):
-        if module._parameters and module is not layer and module not in linear_layers:
-            fully_shard(module, mesh=mesh, mp_policy=exact)
+    linear_layers = []
+    owners = []  # of weights that are no products, the inner ones first
+    for module in reversed(list(layer.modules())):
+        if isinstance(module, torch.nn.Linear):
+            linear_layers.append(module)
+        elif module._parameters and not isinstance(module, torch.nn.Conv1d):
+            # Trap: a recurrent layer of Qwen3.5 reads the weight of its Conv1d without calling it,
+            # so it has to be gathered with the recurrent layer
+            owners.append(module)
 
-    if not layer._parameters:
+    if any(list(owner.children()) for owner in owners):
+        # InternVL's vision layers have scales of their own, Qwen3.5's recurrent ones decays: their
+        # linear layers are a group apart. Nothing is added to the outputs in place, of which FSDP
+        # warns
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .FSDPLinear.*view tensor")
+        fully_shard(linear_layers, mesh=mesh, mp_policy=products)
+    for owner in owners:
+        fully_shard(owner, mesh=mesh, mp_policy=exact)
+    if layer not in owners:
         fully_shard(layer, mesh=mesh, mp_policy=products)
-        return
-    # InternVL's vision layers have scales of their own, which are no products. Nothing is added to
-    # the outputs in place, of which FSDP warns
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module .FSDPLinear.*view tensor")
-    fully_shard(linear_layers, mesh=mesh, mp_policy=products)
-    fully_shard(layer, mesh=mesh, mp_policy=exact)
 
 
 @torch.no_grad()

@@ -289,20 +289,20 @@ def test_a_judges_probability_is_the_mean_of_both_orders_and_stands_beside_its_c
     """Probabilities of the better response, order by order:
 
         0.99 and 0.91: 0.95, right; twice        bin 0.9 to 1.0: 2 x (1 - 0.95)          =  0.10
-        0.85 and 0.65: 0.75, right               bin 0.7 to 0.8: (1 - 0.75) + (0 - 0.75) = -0.50
+        0.85 and 0.65: 0.75, right; twice        bin 0.7 to 0.8: 2 x 0.25 - 0.75         = -0.25
         0.15 and 0.35: 0.25, wrong: 0.75 sure
         0.50 and 0.50: 0.50, wrong               bin 0.5 to 0.6: 0 - 0.50                = -0.50
 
-    Three of five are right; the mean is 3.4 / 5 = 0.68; the error (0.10 + 0.50 + 0.50) / 5 = 0.22.
+    Four of six are right; the mean is 4.15 / 6 = 0.6917; the error (0.10 + 0.25 + 0.50) / 6 = 0.1417.
     """
     verdicts = [[math.log(p / (1 - p)) for p in orders] for orders in (
-        (0.99, 0.91), (0.91, 0.99), (0.85, 0.65), (0.15, 0.35), (0.5, 0.5))]
-    rows = [row | {"verdicts": [margins]} for row, margins in zip(predictions_of(*[("", "", 1)] * 5), verdicts)]
-    folder = Folder("folder", "comparisons", [Comparison("?", ["a", "b"])] * 5, rows, paradigms=["direct"])
+        (0.99, 0.91), (0.91, 0.99), (0.85, 0.65), (0.65, 0.85), (0.15, 0.35), (0.5, 0.5))]
+    rows = [row | {"verdicts": [margins]} for row, margins in zip(predictions_of(*[("", "", 1)] * 6), verdicts)]
+    folder = Folder("folder", "comparisons", [Comparison("?", ["a", "b"])] * 6, rows, paradigms=["direct"])
     beyond = summarize(folder)["beyond"]
     names = ["judge: mean probability above 1/2", "judge: mean probability", "judge: expected calibration error"]
-    assert [round(beyond[name]["value"], 6) for name in names] == [60, 68, 22]
-    assert [beyond[name]["n"] for name in names] == [5, 5, 5]
+    assert [round(beyond[name]["value"], 2) for name in names] == [66.67, 69.17, 14.17]
+    assert [beyond[name]["n"] for name in names] == [6, 6, 6]
     for name in names:
         assert 0 <= beyond[name]["low"] <= beyond[name]["value"] <= beyond[name]["high"] <= 100
     assert math.isclose(evaluate.pair_probability([2000.0, -2000.0]), 0.5)  # exp(2000) would overflow

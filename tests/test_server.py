@@ -446,13 +446,15 @@ def test_the_command_serves_until_a_signal_answers_what_it_has_begun_and_ends(nu
 @pytest.mark.parametrize("settings, words", [
     (dict(serve=70_000), "want a port from 0 to 65535"), (dict(serve=0, data=["d"]), "give one --model and no --data"),
     (dict(serve=0, host="256.0.0.1"), "take another port or address"), (dict(serve=-1), "want a port from 0")])
-def test_what_cannot_be_served_is_one_line(settings, words, text_folder):
+def test_what_cannot_be_served_is_one_line(settings, words, text_folder, monkeypatch):
+    monkeypatch.setattr(evaluate, "load_model", None)  # it is refused before
     with pytest.raises(ValueError, match=words):
         main(Config(model=[str(text_folder)], **settings))
 
 
 def test_a_port_that_is_taken_an_ensemble_and_several_ranks_are_refused(worker, text_folder, backbones, tmp_path,
                                                                        monkeypatch):
+    monkeypatch.setattr(evaluate, "load_model", None)  # they are refused before
     port = worker.server.server_address[1]
     with pytest.raises(ValueError, match=f"--serve {port} .*take another port"):
         main(Config(model=[str(text_folder)], serve=port))

@@ -142,8 +142,8 @@ def is_filled(value) -> bool:
 
 
 def filled_keys(row: dict) -> dict:
-    """The keys of a row that have a value. If only one of chosen and rejected is empty, both stay:
-    an empty response is an error."""
+    """The keys of a row that have a value. Beside a chosen response an empty rejected one ("" or
+    []) stays, and the other way round: it is an error, and not an absent key."""
     filled = {}
     for key, value in row.items():
         if is_filled(value):
@@ -172,7 +172,8 @@ def rename_spellings(row: dict) -> dict:
 
 
 def is_published(row: dict) -> bool:
-    """Whether the row is of a published set, or a judge's: its texts are used as they are."""
+    """Whether `convert` or `data.py judge` wrote the row: its layout and texts are not examined
+    again. Rows of `data.py pairs` are your own and are."""
     source = str(row.get("source"))
     return source in (*SETS, "judge") and source != "pairs"
 
@@ -203,7 +204,7 @@ def parse_fields(row) -> RowFields:
 
     responses = row.get("responses", [])
     pairs = row.get("pairs", [])
-    if "chosen" in row:
+    if "chosen" in row:  # and "rejected": to_texts refuses one without the other
         if pairs:
             raise ValueError("`pairs` beside `chosen` and `rejected`: want one of the two layouts")
         responses = [row["chosen"], row["rejected"]]
@@ -1154,8 +1155,9 @@ class Statistics:
         self.first_dropped.setdefault(reason, one_line(f"{location}: {error}"))
 
     def is_another_set(self) -> bool:
-        """Whether 1,000 rows, if none was kept, show that the source holds rows of another set."""
-        for reason in self.dropped:  # for these reasons rows of this set are dropped
+        """Called while no row was kept: whether the source holds rows of another set. It does if
+        1,000 rows were dropped, and none for a reason that only rows of this set can have."""
+        for reason in self.dropped:
             if re.match("missing image|broken image|known to a benchmark", reason):
                 return False
         return self.rows_in >= 1000
@@ -1409,7 +1411,9 @@ def main(argv: list[str]) -> None:
     if name not in names:
         raise BadRow(f"unknown data set {name!r}; want one of {', '.join(names)}")
     folder = ""
-    if name == "show" and flags and not flags[0].startswith("-"):
+    if name == "show":
+        if not flags or flags[0].startswith("-"):
+            raise BadRow("the folder is missing: python data.py show FOLDER")
         folder = flags.pop(0)
     parser = HfArgumentParser(Config, exit_on_error=False)
     (cfg,) = parser.parse_args_into_dataclasses(flags)
@@ -2684,6 +2688,9 @@ def read_ms_swift(row: dict) -> dict | None:
     the user's last message. Older rows have query and `response` in place of messages."""
     if "rejected_messages" not in row and "rejected_response" not in row:
         return None
+    if "chosen" in row or "rejected" in row:
+        raise ValueError("`rejected_response` or `rejected_messages` beside `chosen` or "
+                         "`rejected`: want one of the two layouts")
     messages = row.get("messages")
     if messages is None:
         query, response = required_fields(row, "prompt", "response")

@@ -32,6 +32,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter, defaultdict
@@ -66,7 +67,7 @@ class Config:
     data: list[str] = HfArg(
         default_factory=list, help="data folders, benchmarks among them; none: drawn comparisons")
     out: str = HfArg(
-        default="", help="folder for the results; none: evaluation/ in the (first) model's folder")
+        default="", help="folder for the results; none: in the (first) model's folder")
     ensemble: Literal["average", "accuracy", "confidence"] = HfArg(
         default="average", help="how the members of an ensemble are weighted")
     validation: str = HfArg(
@@ -112,13 +113,32 @@ def check_settings(cfg: Config) -> Config:
 
 def check_saved_model(directory: str) -> None:
     """ValueError, before hours of scoring, if files of a reward model are missing or incomplete."""
-    try:
-        json.loads(Path(directory, "reward_config.json").read_bytes())
-        json.loads(Path(directory, "config.json").read_bytes())
-        for file in Path(directory).glob("*.safetensors"):
+    if not list(Path(directory).glob("model*.safetensors")):
+        raise ValueError(f"{directory} is not a saved reward model: it has no model.safetensors; "
+                         "give the --out folder of a finished train.py")
+    for file in sorted(Path(directory).glob("*.safetensors")):
+        try:
             safetensors.safe_open(file, "pt")  # compares its header with the size of the file
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise ValueError(f"{directory} is not a saved reward model: {error}") from None
+        except (OSError, safetensors.SafetensorError) as error:
+            raise ValueError(f"{directory} is not a saved reward model: {file.name}: {error}; copy "
+                             "it again") from None
+    for name in ("reward_config.json", "config.json"):
+        try:
+            json.loads(Path(directory, name).read_bytes())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{directory} is not a saved reward model: {name}: {error}; copy it "
+                             "again") from None
+
+
+def check_writable(out: Path) -> None:
+    """ValueError, before hours of scoring, if no file can be written into the folder."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise ValueError(f"cannot write into {out} ({error.strerror}); choose another "
+                         "--out") from None
 
 
 def dtype_name(cfg: Config, device: torch.device) -> str:
@@ -743,11 +763,13 @@ def main(cfg: Config) -> int:
     folders = open_folders(cfg)
     print_start(cfg, folders, device)
 
+    default_name = "evaluation" if len(cfg.model) == 1 else "evaluation-ensemble"
+    out = Path(cfg.out or Path(cfg.model[0], default_name))
+    if dist.get_rank() == 0:
+        check_writable(out)
     if len(cfg.model) == 1:
-        out = Path(cfg.out or Path(cfg.model[0], "evaluation"))
         scored_folders = score_with_one_model(folders, cfg, device)
     else:
-        out = Path(cfg.out or Path(cfg.model[0], "evaluation-ensemble"))
         scored_folders = score_with_ensemble(folders, cfg, device)  # --model A B: appendix A
 
     figures_of_folder = {}
@@ -1186,7 +1208,10 @@ def written_texts(prediction: dict, winner: int, loser: int, response: int) -> l
 # Tokenizing and resizing are done there too: PyTorch in many threads would compete for the cores.
 MAX_BODY_BYTES = 64 << 20
 MAX_CHARACTERS = 1_000_000  # in the texts of a request
-MAX_ITEMS = 1024  # responses and images of a request
+MAX_TOKENS = 1 << 17  # of a comparison, all its responses together: it is one pack
+MAX_ITEMS = 1024  # responses and images of a request; for a judge pairs in both orders
+LARGE_BODY_BYTES = 1 << 20
+MAX_LARGE_BODIES = 8  # in memory at a time; parsed, a body takes up to 30 times its bytes
 MAX_COMPARISONS = 64  # encoded at a time, as in `score_many`
 CLIENT_TIMEOUT = 60  # seconds in which a client has to send or receive something
 
@@ -1214,6 +1239,8 @@ def serve(cfg: Config, device: torch.device) -> int:
     if cfg.data or len(cfg.model) > 1:
         raise ValueError("--serve scores what clients send, with one model: give one --model and "
                          "no --data")
+    if cfg.critiques == "given":
+        raise ValueError("--critiques given: clients send no critiques; want --critiques own")
     if not 0 <= cfg.serve < 1 << 16:
         raise ValueError(f"--serve {cfg.serve}: want a port from 0 to 65535")
     try:
@@ -1224,6 +1251,7 @@ def serve(cfg: Config, device: torch.device) -> int:
 
     with server, stop_signals() as stop_signal:
         model = load_model(cfg.model[0], [], cfg, device)
+        server.is_judge = model.head is None
         threading.Thread(target=server.serve_forever, daemon=True).start()
         host, port = server.server_address[:2]
         print(f"{cfg.model[0]} answers at http://{host}:{port}: POST {', '.join(ENDPOINTS)}; "
@@ -1284,6 +1312,9 @@ def check_length(model: RewardModel, request) -> None:
         if num_tokens > most:
             raise ValueError(f"prompt and response have {num_tokens:,} tokens, and the model reads "
                              f"at most {most:,}")
+    total = sum(encoded.num_tokens for encoded in request.encoded)
+    if total > MAX_TOKENS:
+        raise TooLarge(f"a comparison of {total:,} tokens: at most {MAX_TOKENS:,} are read")
 
 
 def describe_error(error: Exception) -> str:
@@ -1296,11 +1327,13 @@ class RewardServer(ThreadingHTTPServer):
     def __init__(self, address, handler_class):
         super().__init__(address, handler_class)
         self.jobs = queue.SimpleQueue()
+        self.large_bodies = threading.BoundedSemaphore(MAX_LARGE_BODIES)
+        self.is_judge = False  # it reads every pair of responses twice
         self.open_requests = set()  # handlers that have read a request and not answered it yet
 
     def score(self, comparisons: list[Comparison]) -> list[list[float]]:
         """Waits, in a client's thread, for the rewards. Raises the first comparison's error."""
-        check_request_size(comparisons)
+        check_request_size(comparisons, self.is_judge)
         jobs = [Job(comparison) for comparison in comparisons]
         for job in jobs:
             self.jobs.put(job)
@@ -1335,10 +1368,12 @@ class RequestHandler(BaseHTTPRequestHandler):
             if self.path not in ENDPOINTS:
                 self.refuse(404, f"no {self.path:.80}: POST {', '.join(ENDPOINTS)}")
                 return
-            body = self.read_body()
-            self.server.open_requests.add(self)
-            answer = ENDPOINTS[self.path]
-            self.send_json(200, answer(body, self.server))
+            is_large = self.unread_bytes > LARGE_BODY_BYTES
+            with self.server.large_bodies if is_large else contextlib.nullcontext():
+                body = self.read_body()
+                self.server.open_requests.add(self)
+                answer = ENDPOINTS[self.path]
+                self.send_json(200, answer(body, self.server))
         except TooLarge as error:
             self.refuse(413, str(error))
         except (ValueError, RecursionError) as error:  # RecursionError: of nested JSON
@@ -1396,12 +1431,15 @@ def content_length(headers) -> int:
     return int(length)
 
 
-def check_request_size(comparisons: list[Comparison]) -> None:
+def check_request_size(comparisons: list[Comparison], is_judge: bool) -> None:
     """TooLarge if a request would keep the others waiting for minutes."""
     num_items = 0
     num_characters = 0
     for comparison in comparisons:
-        num_items += len(comparison.responses) + len(comparison.images)
+        num_responses = len(comparison.responses)
+        num_items += num_responses + len(comparison.images)
+        if is_judge:
+            num_items += num_responses * (num_responses - 1)
         for message in comparison.prompt:
             num_characters += len(message["content"])
         for response in comparison.responses:
@@ -1611,7 +1649,11 @@ def split_chat(messages) -> tuple[list, str]:
 
 def remove_end(response: str) -> str:
     """Without the end of the turn, padding, and the empty thought of Qwen3's template."""
-    response = re.sub(r"(?:<\|(?:im_end|endoftext)\|>\s*)+$", "", response)
+    # no regular expression: with a repeated group it takes minutes for a megabyte of such tokens
+    text = response.rstrip()
+    while text.endswith(("<|im_end|>", "<|endoftext|>")):
+        text = text[:text.rindex("<|")].rstrip()
+        response = text
     return re.sub(r"^<think>\s*</think>\s*", "", response)
 
 

@@ -333,7 +333,7 @@ class Family:
     preprocess_image: Callable | None = None  # (source, image processor) -> ImageInput
     encode_images: Callable | None = None  # (backbone, pixels, grids, image processor) -> features
     dummy_pixels: tuple[int, ...] = ()  # shape of the pixels of one image token
-    placeholder: re.Pattern = PLACEHOLDER
+    placeholder: re.Pattern = PLACEHOLDER  # where the text of an image goes
 
 
 IMAGE_TOKEN, VIDEO_TOKEN, END_OF_TURN = "<|image_pad|>", "<|video_pad|>", "<|im_end|>"
@@ -495,7 +495,7 @@ def mrope_positions(ids: list[int], grids: list, image_token_id: int, video_toke
     next_position = 0
     index = 0
     while index < len(ids):
-        if ids[index] in (image_token_id, video_token_id):
+        if ids[index] in (image_token_id, video_token_id):  # InternVL's token counts as text
             time_steps, rows, columns = grids[next_grid]
             next_grid += 1
             step = video_step if ids[index] == video_token_id else 1
@@ -1197,7 +1197,7 @@ def load_transformer(path_or_id, config, dtype=torch.float32, vocabulary_head: b
         raise ValueError(f"cannot load a model from {path_or_id}: {one_line(error)}") from None
 
     check_load_report(path_or_id, config, report, vocabulary_head)
-    use_window_attention(model)
+    use_window_attention(model)  # of the vision tower, not of the decoder: appendix D
     return model.eval()
 
 
@@ -1247,10 +1247,11 @@ def save_processor(processor: Processor, folder: Path) -> None:
 @contextlib.contextmanager
 def atomic_write(path, last: str = ""):
     """Yields a temporary path to write a file or a folder to; it moves to `path` if the block ends
-    well. A kill at any moment leaves the old version or the new one. For one writer at a time.
+    well. A kill at any moment leaves the old file or the new one. For one writer at a time.
 
     Into a folder that exists the new files move one by one. `last` names the file that says that
-    the folder is complete: its old version is removed first, and its new one is moved last.
+    the folder is complete: its old version is removed first, and its new one is moved last, so that
+    a folder with it is whole.
     OSError, one line, if writing fails: torch says RuntimeError of a full disk, and safetensors has
     an error of its own."""
     path = Path(path).absolute()
@@ -1909,7 +1910,7 @@ def explain_image_error(source, error: Exception) -> str:
         return f"cannot be used: {one_line(error)}"
     if isinstance(error, UnidentifiedImageError):
         return f"cannot be used: it is {describe_file(source)}"
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and not isinstance(source, bytes):
         uri = re.search("(?:^|/)(data:|file:/|https?:/)", str(source))
         if uri is not None:
             return (f"cannot be used: {uri[1]} begins no path; want the path of a file, or its "

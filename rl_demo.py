@@ -2,7 +2,7 @@
 
 BaseReward (arXiv 2509.16127), section 5.4.
 
-Read: to the ruled line, 113 minutes; `grpo_step` is the algorithm.
+Read: to the ruled line, 114 minutes; `grpo_step` is the algorithm.
 
     python train.py && python rl_demo.py     a tiny policy, then four rewards: a minute for each
     torchrun --nproc_per_node 8 rl_demo.py --policy Qwen/Qwen2.5-VL-3B-Instruct \\
@@ -16,8 +16,8 @@ is --kl_coef:
 
     1  prompts      batch_size prompts x, chosen by (seed, step) alone; rank r of w takes every w-th
     2  rollouts     y_1 ... y_G sampled from pi(. | x) at temperature 1, each until <|im_end|> or
-                    max_new_tokens
-    3  rewards      r_i = r(x, y_i) is the reward model's (with several: their mean), and R_i is
+                    max_new_tokens; r_i = r(x, y_i) of the reward model (of several the mean)
+    3  rewards      R_i is
                       rule      1 if y_i matches the answer, else 0
                       model     r_i
                       hybrid    1 if y_i matches the answer, else sigmoid(r_i)
@@ -54,7 +54,6 @@ import math
 import random
 import re
 import shutil
-import signal
 import sys
 import time
 import unicodedata
@@ -806,8 +805,10 @@ def run_grpo(reward_name: str, run: Run) -> int:
         print_rank0(f"rl_demo.py: {step} steps under {reward_name} are saved in {folder}; "
                     f"go on with --resume", sys.stderr)
         return status
-    if stop_signal.number:  # it came after the last step, and everything is saved: obey it now
-        signal.raise_signal(stop_signal.number)
+    # a signal after the last step, of which everything is saved: on all ranks, if one received it
+    status = exit_status(stop_signal.number, bad_updates=0)
+    if status:
+        return status
 
     evaluation = evaluate_policy(policy.eval(), run)
     evaluation["seconds"] = round(time.time() - start_time, 1)
@@ -833,6 +834,10 @@ def load_reward_models(cfg: Config, device: torch.device, dtype: torch.dtype) ->
             raise ValueError("there is no reward model in runs/default; "
                              "`python train.py --out runs/default` makes one")
     reward_models = [RewardModel.from_pretrained(path, dtype).to(device) for path in paths]
+    for path, reward_model in zip(paths, reward_models):
+        if reward_model.head is None:
+            raise ValueError(f"--reward_model {path} is a judge; give it as --judge, with --reward "
+                             f"pairwise")
 
     judge = None
     if cfg.judge and "pairwise" in cfg.reward:
@@ -861,7 +866,8 @@ def check_tokens(cfg: Config, reference: Policy, reward_models: list[RewardModel
     vocabulary = processor.tokenizer.get_vocab()
     for path, reward_model in zip(cfg.reward_model, reward_models):
         reads_tokens = vocabulary.items() <= reward_model.processor.tokenizer.get_vocab().items()
-        same_images = processor.family is reward_model.processor.family
+        same_images = (processor.family is reward_model.processor.family
+                       and processor.video_step == reward_model.processor.video_step)
         text_only = processor.image_processor is None
         if not reads_tokens or not (same_images or text_only):
             raise ValueError(f"reward model {path} reads other tokens than policy {cfg.policy}, "

@@ -89,7 +89,7 @@ class Config:
     eval_data: list[str] = HfArg(
         default_factory=list, help="folders; none: held_out.jsonl of --data, or rows of it")
     eval_size: int = HfArg(
-        default=800, help="held-out comparisons: drawn, of held_out.jsonl, or a tenth of --data")
+        default=800, help="held-out rows: drawn, of held_out.jsonl, or at most 1/10 of --data")
     out: str = HfArg(default="runs/default", help="run folder; the reward model is saved in it")
     overwrite: bool = HfArg(default=False, help="delete the run that --out holds, start again")
     resume: bool = HfArg(default=False, help="continue from the last checkpoint in --out")
@@ -325,7 +325,9 @@ def map_rows(function, rows, on_gpu: bool):
 
 # 3  The run folder ----------------------------------------------------------------------
 LOCK = ".run.lock"  # in a run folder during a run, and after one that was killed
-REPLACEABLE = {"metrics.jsonl", "tiny_backbone", "policy"}  # of a run without a checkpoint
+# what a folder may hold that is used without --overwrite: of a run that ended before a checkpoint
+REPLACEABLE = {"metrics.jsonl": {"metrics.jsonl", "tiny_backbone"},  # train.py
+               "start.json": {"policy"}}  # rl_demo.py
 
 
 def prepare_run_folder(out: Path, overwrite: bool, resume: bool, made_by="metrics.jsonl") -> None:
@@ -337,9 +339,13 @@ def prepare_run_folder(out: Path, overwrite: bool, resume: bool, made_by="metric
     if dist.get_rank() == 0:
         if overwrite and resume:
             raise ValueError("--overwrite and --resume contradict each other")
-        out.mkdir(parents=True, exist_ok=True)
-        check_contents(out, overwrite or resume, made_by)
-        lock_folder(out)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            check_contents(out, overwrite or resume, made_by)
+            lock_folder(out)
+        except OSError as error:
+            raise ValueError(f"--out {out} cannot be written ({error.strerror}); choose another "
+                             f"folder") from None
         if overwrite:
             for file in out.iterdir():
                 if file.name != LOCK:  # it stays: a deletion that is killed can be repeated
@@ -349,8 +355,8 @@ def prepare_run_folder(out: Path, overwrite: bool, resume: bool, made_by="metric
 
 def check_contents(out: Path, may_hold_run: bool, made_by: str) -> None:
     names = {file.name for file in out.iterdir() if not file.match(".*.partial")}  # killed writes
-    is_run = LOCK in names or made_by in names
-    if names <= REPLACEABLE | {LOCK} or (is_run and may_hold_run):
+    is_run = LOCK in names or made_by in names or len(checkpoints(out)) > 0
+    if names <= REPLACEABLE[made_by] | {LOCK} or (is_run and may_hold_run):
         return
     if is_run:
         raise ValueError(f"{out} is not empty; choose another --out, or --resume an unfinished "
@@ -451,10 +457,10 @@ def split_weight(text: str) -> tuple[str, float]:
     ('data/mmpr', 0.67)
     """
     folder, colon, weight = text.rpartition(":")
-    is_weight = re.fullmatch(r"\d{1,3}(\.\d+)?", weight)
+    is_weight = re.fullmatch(r"-?\d{1,3}(\.\d+)?", weight)
     if not colon or not is_weight or os.path.exists(text):  # or a folder with such a name
         return text, 1.0
-    if float(weight) == 0:
+    if float(weight) <= 0:
         raise ValueError(f"--data {text}: the weight must be above zero")
     return folder, float(weight)
 
@@ -1122,9 +1128,12 @@ def report(out: Path, model, eval_set: list[Comparison], start_time: float, cfg:
         remove_checkpoints(out)
 
     print_summary(summary, out, cfg)
-    if len(log) < 50 or summary["final_loss"] is None or summary["final_loss"] < 0.98 * LOG2:
+    is_plain_loss = not cfg.zero_coef and not cfg.length_norm  # comparable with log 2
+    if len(log) < 50 or summary["final_loss"] is None or not is_plain_loss:
         return 0
-    print_rank0("train.py: the loss ended at log 2 or above, nothing was learnt. Look at the data "
+    if summary["final_loss"] < 0.98 * LOG2:
+        return 0
+    print_rank0("train.py: the loss ended hardly below log 2: nothing was learnt. Look at the data "
                 "(python data.py show DIR): are chosen and rejected swapped? Then at --lr",
                 sys.stderr)
     return 1
@@ -1575,6 +1584,8 @@ def draw_panel(draw, panel_left, panel_top, heading, curves: dict, dashed: dict,
     draw.text(((left + right) / 2, panel_top + 22 * SCALE), heading, "black", anchor="mm")
     name_left = left
     for colour, (name, points) in zip(cycle(CURVE_COLOURS), finite_curves.items()):
+        if not points:
+            continue
         draw.line([pixel(x, y) for x, y in points], colour, 2 * SCALE, joint="curve")
         draw.text((name_left, top - 8 * SCALE), name, colour, anchor="ls")
         name_left += draw.textlength(name) + 16 * SCALE

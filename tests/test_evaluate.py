@@ -729,4 +729,4 @@ def test_the_command_ends_with_one_line_and_a_code(tmp_path, monkeypatch, capsys
         train.command_line(main, Config, "evaluate.py")
     error = capsys.readouterr().err
     assert end.value.code == 1 and error.count("\n") == 1
-    assert error.startswith("evaluate.py: ") and "config.json" in error
+    assert error.startswith("evaluate.py: ") and "no model.safetensors" in error

@@ -235,7 +235,7 @@ def test_the_readme_has_the_scripts_in_the_order_of_reading_with_functions_minut
     for name, _, functions, core_minutes in reading_path():
         counted = sum(reading_minutes(definition(name, function)) for function in functions)
         assert core_minutes == pytest.approx(counted, rel=0.1, abs=1), name
-    sums = re.search(r"To the lines: (\d+) minutes; the functions named here: (\d+) ", README)
+    sums = re.search(r"To the lines: (\d+) minutes; the functions named here: (\d+) ", " ".join(README.split()))
     assert int(sums[1]) == sum(minutes for _, minutes, *_ in reading_path())
     assert int(sums[2]) == sum(core_minutes for *_, core_minutes in reading_path())
 

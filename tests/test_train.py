@@ -700,7 +700,7 @@ def test_a_run_whose_loss_stays_at_log_2_says_so_and_exits_non_zero(cfg, tmp_pat
     rows = [Comparison("Which?", ["yes", "no"], [(i, 1 - i)]) for i in range(2)]
     folder = str(write_comparisons(tmp_path / "coin", rows, progress=False))
     assert main(replace(cfg, data=[folder], eval_data=[folder], batch_size=2, max_steps=50)) == 1
-    assert "ended at log 2 or above" in capsys.readouterr().err
+    assert "ended hardly below log 2" in capsys.readouterr().err
     assert summary_of(cfg.out)["accuracy"] == 0.5
 
 

@@ -1630,6 +1630,9 @@ def tiny_backbone(directory, texts, seed=0, model_type="qwen2_5_vl", width=128, 
     torch.manual_seed(seed)
     config = AutoConfig.for_model(model_type, **tiny.config)
     model = causal_lm_class(config).from_config(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("dt_bias"):  # Qwen3.5's recurrent layers: with transformers' 1 they forget
+            nn.init.constant_(parameter, -4.0)  # all but the last few tokens
     if not vocabulary_head:
         model = model.model
     with atomic_write(directory) as partial:

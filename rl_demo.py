@@ -798,16 +798,14 @@ def run_grpo(reward_name: str, run: Run) -> int:
                 state = {"config": asdict(cfg), "step": step, "seconds": time.time() - start_time}
                 save_checkpoint(folder, optimizer, state)
 
+    if status == 0:  # a signal may have come during the last step's save
+        status = exit_status(stop_signal.number, bad_updates)
     if status:
         if bad_updates >= MAX_BAD_UPDATES:
             print_rank0("rl_demo.py: the gradient was not finite in ten updates in a row; "
                         "take a lower --lr", sys.stderr)
         print_rank0(f"rl_demo.py: {step} steps under {reward_name} are saved in {folder}; "
                     f"go on with --resume", sys.stderr)
-        return status
-    # a signal after the last step, of which everything is saved: on all ranks, if one received it
-    status = exit_status(stop_signal.number, bad_updates=0)
-    if status:
         return status
 
     evaluation = evaluate_policy(policy.eval(), run)

@@ -309,9 +309,8 @@ def map_rows(function, rows, on_gpu: bool):
 
     Threads, and not processes as in a DataLoader. Decoding, resizing and cutting run outside of
     Python's lock, nothing is pickled, and no process is forked beside CUDA or can die unnoticed: an
-    error in a thread is raised here. Measured on two busy cores (tests/benchmark_data.py), no
-    difference from processes stood out of the noise; in a quiet minute two threads read 1.5 times
-    as many images a second as one."""
+    error in a thread is raised here. Measured on two shared cores (tests/benchmark_data.py), two
+    threads read 1.4 times as many images a second as one, two processes 1.2 times."""
     if not on_gpu:
         for row in rows:
             yield function(row)

@@ -27,8 +27,8 @@ Measured, two shared CPU cores, `OMP_NUM_THREADS=1 python tests/benchmark.py --w
     --mode score --k 4                 2.80   2.80
     --mode score --k 8                 4.06   3.99
 
-Separate rows (a busy machine, one thread, width 128, 3 repetitions): the pack is 1.5 times as fast as they are, both
-with --mode score and with --mode train --k 4 --comparisons 1; the latter's ratio to the stock way is then 6.5 of 7.7.
+Separate rows (width 128, one thread, medians of 5 turns, a load of 3): the pack is 1.3 times as fast as they are with
+--mode score and 1.6 times with --mode train --k 4 --comparisons 1, where it is 6.6 times as fast as the stock way.
 
 At width 128 (commit 9bee5b8, one thread) train K = 2, 4 gave 1.73 of 1.68 and 7.25 of 7.67, score K = 2, 8 1.65 of
 1.68 and 3.82 of 3.45: small products leave more to everything else.

@@ -12,8 +12,9 @@ Measured with --images 300 (two shared cores, beside other work, twice): 28 JPEG
 become some 1,270 tokens each. Of 36 ms decoding takes 6, resizing and cutting 20, the texts 1. transformers' own
 processor, which also normalises and writes every frame twice, gave 11 a second (commit 4920caa, once).
 
-Readers, images a second of the clock, --images 30 (two cores with a load of 5, best of twelve turns, once): one thread
-25.3, two 36.9; one process 18.7, two 41.5. With a load of 6 or more none of the four differs from another: 13 to 15.
+Readers, images a second of the clock, OMP_NUM_THREADS=1 and --images 60 (two shared cores with a load of 3, best of
+five turns): one thread 25.7, two 35.8; one process 22.7, two 28.3. At a busier time, --images 30, best of twelve:
+threads 25.3 and 36.9, processes 18.7 and 41.5; with a load of 6 and more all four gave 13 to 15.
 """
 import argparse
 import json

@@ -360,8 +360,8 @@ def test_prefetch_makes_every_item_in_order_and_raises_what_making_raises(on_gpu
 
 @pytest.mark.parametrize("resume", [False, True])
 def test_several_readers_change_no_number_of_a_run(cfg, tmp_path, monkeypatch, resume):
-    """As on a GPU: a batch is read by several threads while the one before it is trained on. Packs, their order, losses,
-    weights and scores are those of one reader, bit for bit, also when the run is stopped and resumed."""
+    """As on a GPU: a batch is read by several threads while the one before it is trained on. Packs, their order,
+    losses, weights and scores are those of one reader, bit for bit, also when the run is stopped and resumed."""
     assert main(cfg) == 0
     readers, names = replace(cfg, out=str(tmp_path / "readers")), set()
     map_rows, prefetch, encode_one = train.map_rows, train.prefetch, RewardModel.encode_for_training

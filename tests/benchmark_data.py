@@ -9,8 +9,9 @@ training, and reads rows at random; with images, encodes them as for the 7B on o
 and of this process's CPU), rows a second and resident memory.
 
 Measured with --images 300 (two shared cores, beside other work, twice): 28 JPEGs of a megapixel a second of one core
-become some 1,270 tokens each. Of 36 ms decoding takes 6, resizing and cutting 20, the texts 1. transformers' own
-processor, which also normalises and writes every frame twice, gave 11 a second (commit 4920caa, once).
+become some 1,270 tokens each. Of 36 ms decoding takes 6, resizing and cutting 20, the texts 1. In one run,
+--images 60, one thread on a quiet machine: 18.7 read and cut, 7.9 by transformers' own processor, which also normalises
+and writes every frame twice: 2.37 times as many (once).
 
 Readers, images a second of the clock, OMP_NUM_THREADS=1 and --images 60 (two shared cores with a load of 3, best of
 five turns): one thread 25.7, two 35.8; one process 22.7, two 28.3. At a busier time, --images 30, best of twelve:
@@ -89,6 +90,11 @@ def encode_rows(rows) -> None:
              "resize, cut": seconds(lambda image: model.patchify(image, processor.image_processor),
                                     decoded) / len(decoded),
              "texts": seconds(lambda row: model.encode(replace(row, images=[]), processor), rows) / len(rows)}
+    stock = seconds(lambda row: processor.image_processor(images=[model.open_image(row.images[0])],
+                                                          return_tensors="pt"), rows)
+    ours = seconds(lambda row: model.patchify(model.open_image(row.images[0]), processor.image_processor), rows)
+    print(f"read and cut {len(rows)} images: {len(rows) / ours:.1f} per CPU second, transformers' own processor "
+          f"{len(rows) / stock:.1f}: {stock / ours:.2f} times as many", flush=True)
     print(f"encoded {len(rows)} images, {len(rows) / whole:.1f} per CPU second; of {1000 * whole / len(rows):.1f} ms: "
           + ", ".join(f"{name} {1000 * part:.1f}" for name, part in parts.items()), flush=True)
     compare_readers(rows, processor)

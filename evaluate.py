@@ -690,6 +690,9 @@ def run_facts(folder: Folder, cfg: Config, device: torch.device, start_time: flo
     return settings | receipt(device)
 
 
+RECEIPT = "{command}\ncommit {commit} · {date} · {hardware} · {dtype} · {seconds} s"
+
+
 def write_results(out: Path, folder: Folder, facts: dict, worst: int) -> tuple[dict, str]:
     """Writes the four files of a folder; returns its figures and the text of table.md.
 
@@ -707,8 +710,7 @@ def write_results(out: Path, folder: Folder, facts: dict, worst: int) -> tuple[d
         table=result_table(summary, folder.benchmark, model_name),
         notes=benchmark_notes + folder.notes,
         controls=figure_table("measure", summary["beyond"], summary["beyond"]),
-        receipt="{command}\ncommit {commit} · {date} · {hardware} · {dtype} · {seconds} s".format(
-            **facts))
+        receipt=RECEIPT.format(**facts))
     parts = [report.heading, markdown_table(report.table), *report.notes,
              markdown_table(report.controls), report.receipt]
     text = printable("\n\n".join(parts))
